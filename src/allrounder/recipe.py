@@ -1,0 +1,140 @@
+"""Recipes: what `allrounder run` should do, as a YAML file that is checked before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from .catalogue import nearest
+from .errors import InputError
+
+__all__ = ["Recipe", "Training", "load_recipe"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Training(_Strict):
+    """How specialists are fine-tuned, where the suite does not fix it.
+
+    Args:
+        epochs: passes over the training split.
+        lr: learning rate of AdamW.
+        batch_size: examples a step.
+        weight_decay: decoupled weight decay.
+    """
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 2.0
+    lr: Annotated[float, Field(gt=0, le=1)] = 5e-5
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+
+
+class Recipe(_Strict):
+    """The whole of a run.
+
+    Args:
+        title: heading of the report.
+        suite: `digits`, `scripts`, `images` (npz files), `text` (jsonl files), `hub-text` or `hub-images`
+            (Hugging Face data sets).
+        tasks: names of the tasks; for `images`, `text` and the hub the data sets. Default: all of the suite.
+        data: folder of the data sets; default: the environment variable ALLROUNDER_DATA.
+        base: a model folder or hub id: a transformers encoder for `text` and `hub-text`, CLIP for
+            `hub-images`. The other suites make their own base when there is none.
+        experts: task -> folder, file or hub id (or a LoRA adapter). Tasks without one are fine-tuned here.
+        train, validation, test: most examples a task in each split.
+        training: how missing experts are fine-tuned (`text` and hub suites).
+        seed, seeds: the first seed and how many there are.
+        methods: name -> options; a list of names for their defaults. Default: all.
+    """
+
+    title: str = "Specialists and one model"
+    suite: Literal["digits", "scripts", "images", "text", "hub-text", "hub-images"] = "digits"
+    tasks: list[str] | None = None
+    data: str | None = None
+    base: str | None = None
+    experts: dict[str, str] = Field(default_factory=dict)
+    train: Annotated[int, Field(ge=1)] | None = None
+    validation: Annotated[int, Field(ge=1)] | None = None
+    test: Annotated[int, Field(ge=1)] | None = None
+    training: Training = Field(default_factory=Training)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seeds: Annotated[int, Field(ge=1, le=100)] = 3
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @property
+    def all_seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.seeds))
+
+
+def _place(error: ValidationError, known: list[str]) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{place}: no such key; {nearest(str(first['loc'][-1]), known)}"
+    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _check_methods(recipe: Recipe, where: str) -> None:
+    from .entrants import ENTRANTS
+
+    for name, options in recipe.methods.items():
+        if name not in ENTRANTS:
+            raise InputError(f"{where}, methods.{name}: no such method; {nearest(name, list(ENTRANTS))}")
+        parameters = inspect.signature(ENTRANTS[name].enter, eval_str=True).parameters
+        known = {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+        for key, value in options.items():
+            place = f"{where}, methods.{name}.{key}"
+            if key not in known:
+                hint = nearest(key, list(known)) if known else "it has no options"
+                raise InputError(f"{place}: no such option; {hint}")
+            try:
+                options[key] = TypeAdapter(known[key].annotation).validate_python(value, strict=isinstance(value, bool))
+            except ValidationError as error:
+                raise InputError(f"{place}: {_place(error, []).lstrip(': ')}") from error
+
+
+def load_recipe(path: str | Path | None = None, **changes: Any) -> Recipe:
+    """The recipe in a file, or the default one.
+
+    Args:
+        path: a YAML file; `None` for the default: the embedded digits with every method.
+        changes: fields to set after reading.
+
+    Raises:
+        InputError: when the file is missing or no YAML mapping, or a key, type or range in it is wrong (with
+            its place).
+    """
+    where = "the recipe" if path is None else f"recipe {str(path)!r}"
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{where} does not exist") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            mark = getattr(error, "problem_mark", None)
+            at = f" at line {mark.line + 1}" if mark else ""
+            raise InputError(f"{where} is not readable YAML{at} ({problem})") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise InputError(f"{where} must be a mapping of keys, got {type(content).__name__}")
+    methods = content.get("methods")
+    if isinstance(methods, list):
+        content["methods"] = {str(name): {} for name in methods}
+    elif isinstance(methods, dict):
+        content["methods"] = {name: {} if options is None else options for name, options in methods.items()}
+    try:
+        recipe = Recipe.model_validate(content | {key: value for key, value in changes.items() if value is not None})
+    except ValidationError as error:
+        keys = [*Recipe.model_fields, *Training.model_fields]
+        raise InputError(f"{where}, {_place(error, keys)}") from error
+    _check_methods(recipe, where)
+    return recipe

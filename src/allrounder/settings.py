@@ -1,0 +1,204 @@
+"""What a recipe's `suite` stands for: tasks, a base model with fixed heads, and how a specialist is made."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Weights, open_weights, resolve
+from .errors import InputError
+from .nets.multitask import MultiTaskModel
+from .recipe import Recipe
+from .task import Suite
+from .train import fit, load_weights
+
+__all__ = ["Setting", "make_setting"]
+
+Progress = Callable[[int, int], None] | None
+
+
+@dataclass
+class Setting:
+    """One suite, made real for one seed.
+
+    Args:
+        suite: the tasks.
+        make_base: makes the base model, with heads that stay fixed.
+        make_expert: (base, task) -> a fine-tuned copy.
+        make_joint: base -> a copy trained on all tasks, as long as all experts together.
+        files: the folder whose configuration and tokenizer belong to the base's weights, if it has one.
+    """
+
+    suite: Suite
+    make_base: Callable[[], MultiTaskModel]
+    make_expert: Callable[[MultiTaskModel, str, Progress], MultiTaskModel]
+    make_joint: Callable[[MultiTaskModel, Progress], MultiTaskModel]
+    files: Path | None = None
+
+
+def _chosen(suite: Suite, recipe: Recipe) -> Suite:
+    return suite if recipe.tasks is None else suite.only(recipe.tasks)
+
+
+def _train(
+    recipe: Recipe, suite: Suite, seed: int, base: MultiTaskModel, tasks: list[str], progress: Progress
+) -> MultiTaskModel:
+    """Fine-tune as the recipe's `training` says: so many passes over these tasks' training splits."""
+    training = recipe.training
+    batches = sum(math.ceil(len(suite[task].train) / training.batch_size) for task in tasks)  # type: ignore[arg-type]
+    return fit(
+        copy.deepcopy(base), suite.only(tasks), steps=max(1, round(training.epochs * batches)), lr=training.lr,
+        batch_size=training.batch_size, weight_decay=training.weight_decay, seed=seed, progress=progress,
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+def _own(recipe: Recipe, seed: int) -> Setting:
+    """Suites that make their own base: digits, scripts, images."""
+    if recipe.base is not None:
+        raise InputError(f"suite {recipe.suite!r} makes its own base model; leave out 'base', or use suite 'text'")
+    if recipe.suite == "digits":
+        from .data.digits import digits, digits_base, digits_expert
+
+        suite = _chosen(digits(seed=seed), recipe)
+
+        def joint(base: MultiTaskModel, progress: Progress) -> MultiTaskModel:
+            steps = 120 * len(suite)
+            return fit(copy.deepcopy(base), suite, steps=steps, lr=3e-4, seed=seed, progress=progress)  # type: ignore[return-value]
+
+        return Setting(
+            suite,
+            lambda: digits_base(suite, seed=seed),
+            lambda base, task, progress: digits_expert(base, suite, task, seed=seed, progress=progress),
+            joint,
+        )
+    from .nets.vision import EXPERT_LR, EXPERT_STEPS, image_base, image_expert, script_base
+
+    if recipe.suite == "scripts":
+        from .data.scripts import scripts
+
+        sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
+        suite = _chosen(scripts(seed=seed, **{key: value for key, value in sizes.items() if value}), recipe)
+        make_base = partial(script_base, suite, seed=seed)
+    else:
+        from .data.images import image_suite
+
+        suite = image_suite(
+            recipe.tasks, folder=recipe.data, seed=seed, train=recipe.train, validation=recipe.validation, test=recipe.test
+        )
+        make_base = partial(image_base, suite, seed=seed)
+
+    def image_joint(base: MultiTaskModel, progress: Progress) -> MultiTaskModel:
+        steps = EXPERT_STEPS * len(suite)
+        return fit(copy.deepcopy(base), suite, steps=steps, lr=EXPERT_LR, seed=seed, progress=progress)  # type: ignore[return-value]
+
+    return Setting(
+        suite, make_base, lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress), image_joint
+    )
+
+
+def _text(recipe: Recipe, seed: int) -> Setting:
+    from .nets.encoders import TextEncoder, find_minilm, load_tokenizer, text_heads
+
+    folder = find_minilm() if recipe.base in (None, "sentence-transformers/all-MiniLM-L6-v2") else resolve(recipe.base or "")
+    tokenizer = load_tokenizer(folder)
+    sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
+    sizes = {key: value for key, value in sizes.items() if value}
+    if not recipe.tasks:
+        raise InputError(f"suite {recipe.suite!r} needs 'tasks': the data sets to use")
+    if recipe.suite == "text":
+        from .data.text import text_suite
+
+        suite = text_suite(recipe.tasks, tokenizer=tokenizer, folder=recipe.data, seed=seed, **sizes)
+    else:
+        from .data.hub import hub_text_suite
+
+        suite = hub_text_suite(recipe.tasks, tokenizer=tokenizer, seed=seed, **sizes)
+
+    def base() -> MultiTaskModel:
+        encoder = TextEncoder(folder)
+        return MultiTaskModel(encoder, text_heads(encoder, tokenizer, suite))
+
+    return Setting(
+        suite,
+        base,
+        lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
+        lambda model, progress: _train(recipe, suite, seed, model, list(suite), progress),
+        folder,
+    )
+
+
+def _clip(recipe: Recipe, seed: int) -> Setting:
+    from .data.hub import hub_image_suite
+    from .nets.encoders import ClipImageEncoder, clip_heads, load_processor
+
+    folder = resolve(recipe.base or "openai/clip-vit-base-patch32")
+    sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
+    suite = hub_image_suite(
+        recipe.tasks, processor=load_processor(folder), seed=seed, **{key: value for key, value in sizes.items() if value}
+    )
+
+    def base() -> MultiTaskModel:
+        return MultiTaskModel(ClipImageEncoder(folder), clip_heads(folder, suite))
+
+    return Setting(
+        suite,
+        base,
+        lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
+        lambda model, progress: _train(recipe, suite, seed, model, list(suite), progress),
+        folder,
+    )
+
+
+@lru_cache(maxsize=2)
+def _cached(text: str, seed: int) -> Setting:
+    recipe = Recipe.model_validate_json(text)
+    if recipe.suite in ("digits", "scripts", "images"):
+        return _own(recipe, seed)
+    return _clip(recipe, seed) if recipe.suite == "hub-images" else _text(recipe, seed)
+
+
+def make_setting(recipe: Recipe, seed: int) -> Setting:
+    """The setting of a recipe and a seed; the data are loaded once a process.
+
+    Raises:
+        InputError: for tasks, data or models that cannot be had.
+    """
+    return _cached(recipe.model_copy(update={"methods": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(), seed)
+
+
+def given_expert(base: MultiTaskModel, source: str, task: str) -> Weights:
+    """Weights of an expert that the recipe names, checked against the base's backbone."""
+    from .merging.engine import Aligned
+
+    own = base.backbone.state_dict()
+    weights = open_weights(source, base=own)
+    if not set(own) & set(weights):
+        prefix = next((name.rsplit(key, 1)[0] for key in own for name in weights if name.endswith("." + key)), None)
+        if prefix is not None:
+            weights = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    weights = {name: weights[name] for name in own if name in weights}
+    Aligned(own, {task: weights})
+    model = load_weights(copy.deepcopy(base).backbone, weights)
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def best_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        InputError: when the machine has no such device.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(key for key in ("cuda", "mps", "cpu") if there[key]))
+    if name not in there:
+        raise InputError(f"device is 'auto', 'cpu', 'cuda' or 'mps', got {name!r}")
+    if not there[name]:
+        raise InputError(f"this machine has no {name!r} device; use --device auto")
+    return torch.device(name)

@@ -1,0 +1,1 @@
+"""One study per paper: the claim, re-measured. Run with `allrounder study SLUG`."""
