@@ -219,7 +219,7 @@ def arguments(description: str, *, repeats: int = 5) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"turns, at least 3 (default {repeats})")
-    parser.add_argument("--small", action="store_true", help="tiny models: checks that the program runs, figures mean nothing")
+    parser.add_argument("--small", action="store_true", help="tiny models: checks only that it runs")
     chosen = parser.parse_args()
     if chosen.repeats < 3 and not chosen.small:
         parser.error("--repeats is at least 3: a median of fewer says little")

@@ -75,9 +75,11 @@ class Shape:
         heads = self.width // 64
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
-            "eos_token_id": 2, "hidden_size": self.width, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
+            "eos_token_id": 2, "hidden_size": self.width, "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
             "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64, "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "vocab_size": self.vocabulary, "torch_dtype": self.dtype,
+            "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "vocab_size": self.vocabulary,
+            "torch_dtype": self.dtype,
         }  # fmt: skip
 
 

@@ -1,0 +1,49 @@
+# make run: the main job.  make test: the tests.  Both make .venv when it is not there.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+OUT ?= run
+SEEDS ?= 0 1 2
+SCALE ?= laptop
+STUDIES := task-arithmetic-baselines adamerging atlas tall-masks twin-merging self-positioning logit-fusion
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: run test lint bench studies clean
+
+.venv/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install one, or make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+run: .venv/.ready
+	$(BIN)/allrounder run --out $(OUT)
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+lint: .venv/.ready
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright src
+
+bench: .venv/.ready .venv-peers/.ready
+	$(BIN)/python benchmarks/run_all.py
+
+.venv-peers/.ready: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet "torch==2.13.0"
+	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	@touch $@
+
+# A claim that does not hold is a result (exit 1); a study that cannot run (exit 2) is a failure.
+studies: .venv/.ready
+	@for slug in $(STUDIES); do for seed in $(SEEDS); do \
+	  echo "$$slug, seed $$seed"; \
+	  $(BIN)/allrounder study $$slug --scale $(SCALE) --seed $$seed --json > docs/results/study_$${slug}_seed$$seed.json; \
+	  test $$? -le 1 || exit 2; \
+	done; done
+
+clean:
+	rm -rf .venv .venv-peers run
