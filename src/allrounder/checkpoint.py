@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,12 @@ Weights = Mapping[str, Tensor]
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PATTERNS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth")
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -40,7 +45,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, struct.error, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not a whole safetensors file ({error}); copy or export it again") from error
     unknown = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} - set(DTYPES)
     if unknown:
@@ -73,12 +78,19 @@ class _File:
         return flat.view(dtype).view(entry["shape"])
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
 def _shards(index: Path) -> dict[str, list[str]]:
     """File name -> tensor names of a sharded checkpoint."""
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{str(index)!r} is not an index of shards: it needs a 'weight_map' object") from error
     shards: dict[str, list[str]] = {}
     for name, file in names.items():
@@ -86,17 +98,17 @@ def _shards(index: Path) -> dict[str, list[str]]:
     for file in shards:
         if Path(file).name != file or file in ("", ".", ".."):
             raise InputError(f"{str(index)!r} names the shard {file!r}, which is not a plain file name in its folder")
-        if not (index.parent / file).is_file():
+        if not _is_file(index.parent / file):
             raise InputError(f"{str(index)!r} names the shard {file!r}, which is missing; download the folder again")
     return shards
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    import pickle
-
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a damaged file may contain
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes that are damaged fail in every way there is
         raise InputError(
             f"{str(path)!r} was not loaded: it is damaged or holds more than tensors, and pickled code is never run; "
             "save it as safetensors"
@@ -105,7 +117,11 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise InputError(f"{str(path)!r} is not a mapping from names to tensors; save a state dict as safetensors")
-    return {str(name): value for name, value in loaded.items()}
+    for name, value in loaded.items():
+        if value.layout != torch.strided or value.dtype not in DTYPES.values() or value.device.type == "meta":
+            kind = f"{value.dtype}, {value.layout}" if value.device.type != "meta" else "without values"
+            raise InputError(f"{str(path)!r} holds {str(name)!r}, a tensor that cannot be merged ({kind})")
+    return {str(name): value.detach() for name, value in loaded.items()}
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -115,7 +131,8 @@ class Checkpoint(Mapping[str, Tensor]):
         path: a `.safetensors` file; a folder with one (`model.safetensors`) or with shards and their
             `*.safetensors.index.json`; a `.bin` / `.pt` state dict, or a folder with one.
 
-    Indexing gives a view of the mapped file (copy on write: changing it does not change the file).
+    Indexing gives a view of the mapped file (copy on write: changing it does not change the file). `tied` holds the
+    second names of tensors that the file stores once: those that a pickle shares, and those that a header lists.
 
     Raises:
         InputError: when the path is missing, truncated, corrupt, ambiguous, an index names a shard that
@@ -130,18 +147,20 @@ class Checkpoint(Mapping[str, Tensor]):
         if not self.path.exists():
             raise InputError(f"{str(path)!r} does not exist; give a safetensors file or a model folder")
         for file, names in self._layout(self.path).items():
-            if file.suffix in PICKLES:
-                self._loaded |= _unpickle(file)
-                continue
-            opened = _File(file)
-            self.metadata |= opened.metadata
-            missing = [name for name in names or () if name not in opened.entries]
+            opened = None if file.suffix in PICKLES else _File(file)
+            held: dict[str, Any] = _unpickle(file) if opened is None else opened.entries
+            missing = [name for name in names or () if name not in held]
             if missing:
                 raise InputError(f"the index of {str(path)!r} puts {missing[0]!r} in {file.name!r}, which lacks it")
-            self._where |= dict.fromkeys(names or opened.entries, opened)
-        self._where |= dict.fromkeys(self._loaded)
+            self._where |= dict.fromkeys(names or held, opened)
+            if opened is None:
+                self._loaded |= {name: held[name] for name in names or held}
+            else:
+                self.metadata |= opened.metadata
         if not self._where:
             raise InputError(f"{str(path)!r} holds no tensors")
+        aliases = {name: kept for name, kept in self.metadata.items() if name != "format" and name not in self._where}
+        self.tied = tied(self._loaded) | {name: kept for name, kept in aliases.items() if kept in self._where}
 
     @staticmethod
     def _layout(path: Path) -> dict[Path, list[str] | None]:
@@ -151,29 +170,44 @@ class Checkpoint(Mapping[str, Tensor]):
             if path.name.endswith(".index.json"):
                 return {path.parent / file: names for file, names in _shards(path).items()}
             raise InputError(f"{str(path)!r} is not a checkpoint; give a .safetensors file or a model folder")
-        for pattern in ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin", "*.pt", "*.pth"):
+        usual = [path / name for name in USUAL if (path / name).is_file()]
+        if usual:
+            return Checkpoint._layout(usual[0])
+        for pattern in PATTERNS:
             found = sorted(file for file in path.glob(pattern) if not file.name.startswith((".", "training_args")))
             if len(found) > 1:
                 listed = ", ".join(file.name for file in found[:4])
                 raise InputError(f"{str(path)!r} holds several checkpoints ({listed}); give the one file you mean")
-            if found and found[0].name.endswith(".index.json"):
-                return {path / file: names for file, names in _shards(found[0]).items()}
             if found:
-                return {found[0]: None}
-        raise InputError(f"{str(path)!r} holds no .safetensors, .bin or .pt file")
+                return Checkpoint._layout(found[0])
+        if (path / "archive.json").is_file():
+            raise InputError(
+                f"{str(path)!r} is an archive, not a checkpoint; get a specialist with: allrounder restore"
+            )
+        raise InputError(f"{str(path)!r} holds no .safetensors, .bin or .pt file; give a model folder")
+
+    def signature(self, name: str) -> tuple[torch.dtype, torch.Size]:
+        """Type and shape of a tensor, from the header alone."""
+        name = name if name in self._where else self.tied[name]
+        file = self._where[name]
+        if file is None:
+            return self._loaded[name].dtype, self._loaded[name].shape
+        return DTYPES[file.entries[name]["dtype"]], torch.Size(file.entries[name]["shape"])
 
     def __getitem__(self, name: str) -> Tensor:
+        name = name if name in self._where else self.tied[name]
         file = self._where[name]
         return self._loaded[name] if file is None else file.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        yield from self._where
+        yield from (name for name in self.tied if name not in self._where)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._where.keys() | self.tied.keys())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where
+        return name in self._where or name in self.tied
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
@@ -183,7 +217,7 @@ def tied(weights: Weights) -> dict[str, str]:
     """Names that are second names of one tensor -> its first name.
 
     In memory two names are tied when they are the same storage; a lazy mapping may say so itself in
-    an attribute `tied`. Checkpoints on disk hold every tensor once.
+    an attribute `tied`.
     """
     if not isinstance(weights, dict):
         return getattr(weights, "tied", {})
@@ -205,13 +239,24 @@ def resolve(source: str | Path) -> Path:
     Raises:
         InputError: when it is neither a path that exists nor a hub id that can be had.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(source).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # too long a name, no permission, no such user
+        raise InputError(
+            f"{str(source)!r} cannot be read ({error}); give a file, a model folder or a hub id"
+        ) from error
     name, _, revision = str(source).partition("@")
     parts = name.split("/")
-    if len(parts) != 2 or not all(part and part[0].isalnum() for part in parts) or path.suffix in (".safetensors", *PICKLES):
-        raise InputError(f"{str(source)!r} does not exist; give a safetensors file, a model folder or a hub id (org/name)")
+    if (
+        len(parts) != 2
+        or not all(part and part[0].isalnum() for part in parts)
+        or path.suffix in (".safetensors", *PICKLES)
+    ):
+        raise InputError(
+            f"{str(source)!r} does not exist; give a safetensors file, a model folder or a hub id (org/name)"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

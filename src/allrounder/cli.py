@@ -74,7 +74,7 @@ def run(
     Console().print(summary(report))
     typer.echo(f"report: {out / 'report.html'}")
     if report["chosen"]:
-        typer.echo(f"best merged model (by validation): {report['chosen']['method']} in {out / 'merged'}")
+        typer.echo(f"merged: {out / 'merged'}")
 
 
 @app.command()
@@ -84,12 +84,15 @@ def merge(
     method: Annotated[str, typer.Option(help="For example task-arithmetic, ties, average, tall-masks.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist or be empty.")],
     option: Annotated[list[str] | None, typer.Option(help="An option of the method, as key=value.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type of the result: fp32, bf16, fp16. Default: the base's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the result: fp32, bf16 or fp16; else the base's.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest size of one file, for example 5GB.")] = "5GB",
     jobs: Annotated[int, typer.Option(min=1, help="Tensors side by side.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Merge checkpoints on disk into one, in little memory."""
+    """Merge checkpoints on disk into one, in little memory.
+
+    For example: allrounder merge BASE CARS TEXTURES --method ties --option density=0.2 --out MERGED
+    """
     from .merging.checkpoints import merge_checkpoints
 
     options = {}
@@ -106,7 +109,10 @@ def merge(
     if as_json:
         _print(account)
     else:
-        typer.echo(f"{method} of {len(experts)} experts: {out} ({account['bytes'] / 1e6:,.1f} MB, {account['seconds']:.1f} s)")
+        for note in account["notes"]:
+            typer.echo(f"note: {note}", err=True)
+        size, seconds = account["bytes"] / 1e6, account["seconds"]
+        typer.echo(f"{account['method']} of {len(experts)} experts: {out} ({size:,.1f} MB, {seconds:.1f} s)")
 
 
 @app.command()
@@ -203,9 +209,10 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; start the same command again to continue", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of an interrupt
+            typer.echo("interrupted; start the same command again to continue", err=True)
+        raise
     except MemoryError:
         typer.echo("error: not enough memory; use --jobs 1 or a smaller batch", err=True)
         sys.exit(2)

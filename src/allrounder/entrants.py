@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import merging
 from .checkpoint import Weights, tied
-from .nets.multitask import MultiTaskModel, shared
+from .nets.multitask import MultiTaskModel
 from .save import signature
 from .score import mean, score
 from .task import Batches, Suite
@@ -81,7 +81,9 @@ class Bench:
 
     def train_batches(self, size: int) -> dict[str, Batches]:
         """Shuffled training batches of each task."""
-        return {name: Batches(task.train, size, seed=self.seed + i) for i, (name, task) in enumerate(self.suite.items())}
+        return {
+            name: Batches(task.train, size, seed=self.seed + i) for i, (name, task) in enumerate(self.suite.items())
+        }
 
 
 @dataclass
@@ -132,7 +134,9 @@ def _learned(bench: Bench, merge: merging.Merge) -> Outcome:
     outcome = _one(bench, merge)
     rows = getattr(merge.rule, "coefficients", {})
     if isinstance(rows, dict):
-        outcome.coefficients = {name: [float(v) for v in row] for name, row in rows.items() if not isinstance(row, Tensor)}
+        outcome.coefficients = {
+            name: [float(v) for v in row] for name, row in rows.items() if not isinstance(row, Tensor)
+        }
     return outcome
 
 
@@ -240,11 +244,15 @@ def _fisher(bench: Bench, *, examples: Count = 64, labels: Literal["exact", "sam
         )
         if bench.progress:
             bench.progress(i + 1, len(bench.suite))
-    return _one(bench, merging.fisher(bench.base, bench.experts, information), f"{examples} examples a task, {labels} labels")
+    return _one(
+        bench, merging.fisher(bench.base, bench.experts, information), f"{examples} examples a task, {labels} labels"
+    )
 
 
 @_entrant("regmean", "RegMean", "unlabelled", "task-arithmetic-baselines")
-def _regmean(bench: Bench, *, examples: Count = 256, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Outcome:
+def _regmean(
+    bench: Bench, *, examples: Count = 256, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9
+) -> Outcome:
     grams = {}
     for i, task in enumerate(bench.suite):
         batches = Batches(bench.suite[task].train, 64, seed=bench.seed)
@@ -294,7 +302,12 @@ def _atlas(bench: Bench, *, steps: Steps = 200, lr: Rate = 1e-2, batch_size: Cou
 
 @_entrant("self-positioning", "Self-Positioning", "labelled", "self-positioning")
 def _self_positioning(
-    bench: Bench, *, steps: Steps = 120, lr: Rate = 5e-2, batch_size: Count = 16, mu: Annotated[float, Field(ge=0)] = 0.01
+    bench: Bench,
+    *,
+    steps: Steps = 120,
+    lr: Rate = 5e-2,
+    batch_size: Count = 16,
+    mu: Annotated[float, Field(ge=0)] = 0.01,
 ) -> Outcome:
     losses = {name: task.loss for name, task in bench.suite.items()}
     merge = merging.self_positioning(

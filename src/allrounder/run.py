@@ -7,6 +7,7 @@ was, a run that is finished has nothing to do, and a changed recipe re-does what
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -16,11 +17,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InputError
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .task import Suite
 
 __all__ = ["run"]
 
@@ -36,6 +40,10 @@ class Step:
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} {self.name} seed {self.seed}".replace("  ", " ")
 
     @property
     def file(self) -> str:
@@ -56,11 +64,19 @@ def _identity(source: str | None) -> Any:
     return [source, [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
+def _data(recipe: Recipe, tasks: list[str]) -> Any:
+    """What the files of the tasks are now, in suites that read a data folder."""
+    if recipe.suite not in ("images", "text"):
+        return None
+    folder = Path(recipe.data or os.environ["ALLROUNDER_DATA"]).expanduser()
+    names = sorted({task.partition("/")[0] for task in tasks})
+    return [_identity(str(path)) for name in names for path in sorted(folder.glob(f"{glob.escape(name)}*"))]
+
+
 def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -> list[list[Step]]:
     """Stages of steps; those of one stage are independent."""
-    data = {
-        key: getattr(recipe, key) for key in ("suite", "tasks", "data", "train", "validation", "test")
-    } | {"base": _identity(recipe.base)}  # fmt: skip
+    data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test")}
+    data |= {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
     bases, experts, scores = [], [], []
     for seed in recipe.all_seeds:
         base = Step("base", seed, fingerprint=_fingerprint(data, seed))
@@ -108,8 +124,12 @@ def _models(recipe: Recipe, steps: list[Step], seed: int, out: Path, device: str
     from .train import load_weights
 
     setting = make_setting(recipe, seed)
-    model = setting.make_base() if recipe.suite not in ("digits", "scripts", "images") else _shape(recipe, setting, seed)
-    mine = {step.name: out / "steps" / step.file for step in steps if step.seed == seed and step.kind in ("base", "expert")}
+    model = (
+        setting.make_base() if recipe.suite not in ("digits", "scripts", "images") else _shape(recipe, setting, seed)
+    )
+    mine = {
+        step.name: out / "steps" / step.file for step in steps if step.seed == seed and step.kind in ("base", "expert")
+    }
     load_weights(model, Checkpoint(mine.pop("")))
     experts = {task: dict(Checkpoint(path)) for task, path in mine.items()}
     return setting, model.to(best_device(device)).eval(), experts
@@ -208,7 +228,10 @@ def _matrices(bench: Any) -> dict[str, Any]:
     from .merging.engine import Aligned
     from .score import score
 
-    cross = [list(score(bench.with_weights(weights), bench.suite, split="test").values()) for weights in bench.experts.values()]
+    cross = [
+        list(score(bench.with_weights(weights), bench.suite, split="test").values())
+        for weights in bench.experts.values()
+    ]
     models = Aligned(bench.base, bench.experts)
     gram = torch.zeros(len(bench.experts), len(bench.experts), dtype=torch.float64)
     for name in models.float_names:
@@ -233,7 +256,9 @@ def _parallel(jobs: int, cluster: str | None, calls: list[Any]) -> Iterable[Any]
     if not ray.is_initialized():
         try:
             address = None if cluster == "auto" and not os.environ.get("RAY_ADDRESS") else cluster
-            ray.init(address=address, num_cpus=jobs if address is None else None, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=address, num_cpus=jobs if address is None else None, log_to_driver=False, logging_level="ERROR"
+            )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise InputError(f"no Ray cluster answers at {cluster!r}; start one or use --cluster auto") from error
     register_ray()
@@ -278,12 +303,20 @@ def run(
     """
     from filelock import FileLock, Timeout
 
+    from .settings import make_setting
+
     out = Path(out).expanduser().absolute()
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "steps").is_dir():
         raise InputError(f"{str(out)!r} is neither empty nor the folder of an earlier run; give another")
     device, jobs = _device_and_jobs(device, jobs)
+    progress = progress or (lambda *_: None)
+    progress("reading the tasks", 0, 1)
+    suite = make_setting(recipe, recipe.seed).suite
+    tasks = list(suite)
+    if unknown := sorted(set(recipe.experts) - set(tasks)):
+        raise InputError(f"the recipe, experts.{unknown[0]}: no such task; there are {', '.join(tasks)}")
     try:
         (out / "steps").mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock")
@@ -295,33 +328,31 @@ def run(
     try:
         for left in (out / "steps").glob(".*"):
             left.unlink()
-        return _run(recipe, out, jobs, device, cluster, command, progress or (lambda *_: None))
+        return _run(recipe, suite, out, jobs, device, cluster, command, progress)
     finally:
         lock.release()
 
 
 def _run(
-    recipe: Recipe, out: Path, jobs: int, device: str, cluster: str | None, command: str, progress: Callable
-) -> dict[str, Any]:
+    recipe: Recipe, suite: Suite, out: Path, jobs: int, device: str, cluster: str | None, command: str,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:  # fmt: skip
     from .entrants import ENTRANTS
     from .report import build, write
-    from .settings import make_setting
 
+    tasks = list(suite)
+    metric = getattr(next(iter(suite.values())).metric, "__name__", "score").replace("_", " ")
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    progress("reading the tasks", 0, 1)
-    tasks = list(make_setting(recipe, recipe.seed).suite)
-    if unknown := sorted(set(recipe.experts) - set(tasks)):
-        raise InputError(f"the recipe, experts.{unknown[0]}: no such task; there are {', '.join(tasks)}")
     asked = recipe.methods or {name: {} for name in ENTRANTS}
     methods = {name: {} for name in ("base", "experts") if name not in asked} | asked
     stages = plan(recipe, tasks, methods)
     steps = [step for stage in stages for step in stage]
     text = recipe.model_dump_json()
     threads = 1 if jobs > 1 or cluster else max(1, jobs)
-    done, log, cached = 0, [], set()
+    done, log, cached = 0, [], []
     for stage in stages:
         todo = [step for step in stage if not (out / "steps" / step.file).is_file()]
-        cached |= {step.file for step in stage} - {step.file for step in todo}
+        cached += [step for step in stage if step not in todo]
         done += len(stage) - len(todo)
         if not todo:
             continue
@@ -329,9 +360,11 @@ def _run(
 
         titles = {"base": "training the base", "expert": "training the specialists", "score": "merging and scoring"}
         progress(titles[stage[0].kind], done, len(steps))
-        for step, seconds in _parallel(jobs, cluster, [delayed(work)(text, step, steps, out, device, threads) for step in todo]):
+        for step, seconds in _parallel(
+            jobs, cluster, [delayed(work)(text, step, steps, out, device, threads) for step in todo]
+        ):
             done += 1
-            log.append({"name": f"{step.kind} {step.name} seed {step.seed}".replace("  ", " "), "seconds": seconds})
+            log.append({"name": step.title, "seconds": seconds})
             progress(titles[step.kind], done, len(steps))
     results = {
         name: {
@@ -342,9 +375,9 @@ def _run(
     account = {
         "command": command, "device": device, "cores": jobs, "started": started,
         "steps": [entry | {"seconds": round(entry["seconds"], 2), "cached": False} for entry in log]
-        + [{"name": name, "seconds": 0.0, "cached": True} for name in sorted(cached)],
+        + [{"name": step.title, "seconds": 0.0, "cached": True} for step in cached],
     }  # fmt: skip
-    report = build(recipe, tasks, methods, results, account)
+    report = build(recipe, tasks, methods, results, account, metric=metric)
     progress("writing the best model", done, len(steps))
     if report["chosen"]:
         _export(recipe, report, stages, out, device)
@@ -373,10 +406,9 @@ def _export(recipe: Recipe, report: dict[str, Any], stages: list[list[Step]], ou
         return
     bench, setting = _bench(recipe, recipe.seed, [step for stage in stages for step in stage], out, device)
     weights = ENTRANTS[name].enter(bench, **step.options).weights
-    names = getattr(bench.model.backbone, "checkpoint_names", None)
-    if names is not None:
-        mapping = names()
-        weights = {mapping[key]: weights[key] for key in mapping}
+    complete = getattr(bench.model.backbone, "checkpoint", None)
+    if complete is not None:
+        weights = complete(weights)
     else:
         heads = {key: value for key, value in bench.model.state_dict().items() if key.startswith("heads.")}
         weights = {f"backbone.{key}": weights[key] for key in weights} | heads

@@ -1,7 +1,7 @@
 """Writing weights: header first, every tensor at its offset, in blocks, so that memory does not grow with the model.
 
 A folder appears whole or not at all: everything is written under a temporary name beside it, synced, and
-renamed. Space is reserved before the first byte, so a full disk is known at once.
+renamed. Space for all shards is reserved before the first tensor is computed, so a full disk is known at once.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -46,35 +48,33 @@ def replacing(path: Path) -> Iterator[Path]:
         InputError: when `path` exists and is not an empty folder, or nothing can be written there.
     """
     path = Path(path).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{str(path)!r} exists and is not an empty folder; give another output folder")
-    work: Path | None = None
+    work, made = path.with_name(f".{path.name}.{secrets.token_hex(4)}"), []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        work.chmod(0o777 & ~_umask())
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{str(path)!r} exists and is not an empty folder; give another output folder")
+        for folder in reversed([parent for parent in path.parents if not parent.exists()]):
+            folder.mkdir(exist_ok=True)
+            made.append(folder)
+        work.mkdir()
         yield work
         for folder, _, files in os.walk(work):
             for file in files:
                 _sync(Path(folder) / file)
         _sync(work)
         os.rename(work, path)
+        made.clear()
         _sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(f"no space for {str(path)!r}: free some or give another output folder") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise InputError(f"cannot write {str(path)!r} ({error.strerror}); give another output folder") from error
-        raise
+        raise InputError(
+            f"cannot write {str(path)!r} ({error.strerror or error}); give another output folder"
+        ) from error
     finally:
-        if work is not None and work.exists():
+        with suppress(OSError):
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _umask() -> int:
-    value = os.umask(0o022)
-    os.umask(value)
-    return value
+            for folder in reversed(made):
+                folder.rmdir()
 
 
 def _sync(path: Path) -> None:
@@ -104,50 +104,79 @@ def _plan(weights: Weights, names: list[str], dtype: torch.dtype | None, limit: 
 
 
 def _as_bytes(block: Tensor) -> memoryview:
-    return memoryview(block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(block.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _write_tensor(file: int, at: int, weights: Weights, name: str, dtype: torch.dtype) -> None:
-    blocks = getattr(weights, "blocks", None)
-    if blocks is not None:
-        for block in blocks(name, dtype):
-            at += os.pwrite(file, _as_bytes(block), at)
-        return
-    flat = weights[name].detach().reshape(-1)
-    for start in range(0, flat.numel(), BLOCK):
-        at += os.pwrite(file, _as_bytes(flat[start : start + BLOCK].to(dtype)), at)
+def _write(file: int, content: bytes | memoryview, at: int) -> int:
+    """Write all of it, and say where it ends: one call may write less than it was given."""
+    rest = memoryview(content)
+    while rest:
+        count = os.pwrite(file, rest, at)
+        rest, at = rest[count:], at + count
+    return at
 
 
-def _write_shard(
-    path: Path, weights: Weights, shard: dict[str, tuple], metadata: dict[str, str], jobs: int, tick: Callable[[int], None]
-) -> None:
-    header: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for name, (dtype, shape, size) in shard.items():
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        os.posix_fallocate(file, 0, start + offset)
-        os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
+@dataclass
+class _Shard:
+    """One file: name -> (type, shape, bytes), its header, and where each tensor begins."""
 
-        def write(name: str) -> None:
-            dtype, _, size = shard[name]
-            _write_tensor(file, start + header[name]["data_offsets"][0], weights, name, dtype)  # type: ignore[index]
-            tick(size)
+    path: Path
+    tensors: dict[str, tuple]
+    metadata: dict[str, str]
 
-        if jobs == 1:
-            for name in shard:
-                write(name)
-        else:
-            from joblib import Parallel, delayed
+    def __post_init__(self) -> None:
+        self.begins: dict[str, int] = {}
+        offset = 0
+        for name in sorted(self.tensors, key=lambda name: -self.tensors[name][0].itemsize):  # so that all are aligned
+            self.begins[name] = offset
+            offset += self.tensors[name][2]
+        header: dict[str, object] = {"__metadata__": self.metadata}
+        for name, (dtype, shape, size) in self.tensors.items():
+            begin = self.begins[name]
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, begin + size]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = struct.pack("<Q", len(text)) + text
+        self.size = len(self.header) + offset
 
-            Parallel(n_jobs=jobs, backend="threading")(delayed(write)(name) for name in shard)
-    finally:
-        os.close(file)
+    def reserve(self) -> None:
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, self.size)
+            _write(file, self.header, 0)
+        finally:
+            os.close(file)
+
+    def write(self, weights: Weights, jobs: int, tick: Callable[[int], None]) -> None:
+        file = os.open(self.path, os.O_WRONLY)
+        try:
+            if jobs == 1:
+                for name in self.tensors:
+                    self._tensor(file, weights, name)
+                    tick(self.tensors[name][2])
+                return
+            pool = ThreadPoolExecutor(jobs)
+            try:
+                for name, done in [(name, pool.submit(self._tensor, file, weights, name)) for name in self.tensors]:
+                    done.result()
+                    tick(self.tensors[name][2])
+            finally:
+                pool.shutdown(cancel_futures=True)  # waits: no thread writes into a file that is closed
+        finally:
+            os.close(file)
+
+    def _tensor(self, file: int, weights: Weights, name: str) -> None:
+        dtype, at = self.tensors[name][0], len(self.header) + self.begins[name]
+        blocks = getattr(weights, "blocks", None)
+        if blocks is not None:
+            for block in blocks(name, dtype):
+                at = _write(file, _as_bytes(block), at)
+                del block  # or its memory would be held while the next is made
+            return
+        flat = weights[name].detach().reshape(-1)
+        for start in range(0, flat.numel(), BLOCK):
+            at = _write(file, _as_bytes(flat[start : start + BLOCK].to(dtype)), at)
 
 
 def _companions(source: Path, target: Path, dtype: torch.dtype | None) -> None:
@@ -162,11 +191,12 @@ def _companions(source: Path, target: Path, dtype: torch.dtype | None) -> None:
         shutil.copyfile(file, target / inside)
     config = target / "config.json"
     if dtype is not None and config.is_file():
-        settings = json.loads(config.read_text())
-        for key in ("dtype", "torch_dtype"):
-            if key in settings:
-                settings[key] = str(dtype).removeprefix("torch.")
-        config.write_text(json.dumps(settings, indent=2))
+        try:
+            settings = dict(json.loads(config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{str(source / 'config.json')!r} is not a JSON object ({error}); repair it") from error
+        settings |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in settings}
+        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def save(
@@ -202,8 +232,8 @@ def save(
         raise InputError(f"a shard needs at least one byte, got shard_bytes={shard_bytes}")
     path = Path(path)
     aliases = tied(weights)
-    shards = _plan(weights, [name for name in weights if name not in aliases], dtype, shard_bytes)
-    total, done = sum(size for shard in shards for *_, size in shard.values()), 0
+    plans = _plan(weights, [name for name in weights if name not in aliases], dtype, shard_bytes)
+    total, done = sum(size for plan in plans for *_, size in plan.values()), 0
 
     def tick(size: int) -> None:
         nonlocal done
@@ -212,15 +242,18 @@ def save(
             progress(done, total)
 
     head = {"format": "pt"} | aliases | (metadata or {})
+    files = [f"model-{number:05}-of-{len(plans):05}.safetensors" for number in range(1, len(plans) + 1)]
+    files = ["model.safetensors"] if len(plans) == 1 else files
     with replacing(path) as work:
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            _write_shard(work / file, weights, shard, head, jobs, tick)
-            weight_map |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
+        shards = [_Shard(work / file, plan, head) for file, plan in zip(files, plans, strict=True)]
+        for shard in shards:
+            shard.reserve()
+        for shard in shards:
+            shard.write(weights, jobs, tick)
+        if len(plans) > 1:
+            weight_map = {name: file for file, plan in zip(files, plans, strict=True) for name in plan}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
         if like is not None:
             _companions(Path(like), work, dtype)
     return path

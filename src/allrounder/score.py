@@ -14,9 +14,7 @@ __all__ = ["mean", "normalised", "score"]
 
 
 @torch.no_grad()
-def score(
-    model: nn.Module | Callable, suite: Suite, *, split: str = "test", batch_size: int = 256
-) -> dict[str, float]:
+def score(model: nn.Module | Callable, suite: Suite, *, split: str = "test", batch_size: int = 64) -> dict[str, float]:
     """Each task's metric on a whole split.
 
     Args:

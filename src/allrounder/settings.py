@@ -89,7 +89,12 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         from .data.images import image_suite
 
         suite = image_suite(
-            recipe.tasks, folder=recipe.data, seed=seed, train=recipe.train, validation=recipe.validation, test=recipe.test
+            recipe.tasks,
+            folder=recipe.data,
+            seed=seed,
+            train=recipe.train,
+            validation=recipe.validation,
+            test=recipe.test,
         )
         make_base = partial(image_base, suite, seed=seed)
 
@@ -98,14 +103,19 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         return fit(copy.deepcopy(base), suite, steps=steps, lr=EXPERT_LR, seed=seed, progress=progress)  # type: ignore[return-value]
 
     return Setting(
-        suite, make_base, lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress), image_joint
+        suite,
+        make_base,
+        lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress),
+        image_joint,
     )
 
 
 def _text(recipe: Recipe, seed: int) -> Setting:
     from .nets.encoders import TextEncoder, find_minilm, load_tokenizer, text_heads
 
-    folder = find_minilm() if recipe.base in (None, "sentence-transformers/all-MiniLM-L6-v2") else resolve(recipe.base or "")
+    folder = (
+        find_minilm() if recipe.base in (None, "sentence-transformers/all-MiniLM-L6-v2") else resolve(recipe.base or "")
+    )
     tokenizer = load_tokenizer(folder)
     sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
     sizes = {key: value for key, value in sizes.items() if value}
@@ -140,7 +150,10 @@ def _clip(recipe: Recipe, seed: int) -> Setting:
     folder = resolve(recipe.base or "openai/clip-vit-base-patch32")
     sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
     suite = hub_image_suite(
-        recipe.tasks, processor=load_processor(folder), seed=seed, **{key: value for key, value in sizes.items() if value}
+        recipe.tasks,
+        processor=load_processor(folder),
+        seed=seed,
+        **{key: value for key, value in sizes.items() if value},
     )
 
     def base() -> MultiTaskModel:
@@ -169,20 +182,31 @@ def make_setting(recipe: Recipe, seed: int) -> Setting:
     Raises:
         InputError: for tasks, data or models that cannot be had.
     """
-    return _cached(recipe.model_copy(update={"methods": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(), seed)
+    return _cached(
+        recipe.model_copy(update={"methods": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(), seed
+    )
 
 
 def given_expert(base: MultiTaskModel, source: str, task: str) -> Weights:
-    """Weights of an expert that the recipe names, checked against the base's backbone."""
+    """Weights of an expert that the recipe names, checked against the base's backbone.
+
+    Its tensors may be called as the base's checkpoint calls them, or with a prefix more or less.
+    """
     from .merging.engine import Aligned
 
     own = base.backbone.state_dict()
-    weights = open_weights(source, base=own)
-    if not set(own) & set(weights):
-        prefix = next((name.rsplit(key, 1)[0] for key in own for name in weights if name.endswith("." + key)), None)
-        if prefix is not None:
+    names = getattr(base.backbone, "checkpoint_names", lambda: {name: name for name in own})()
+    stored = {names[name]: value for name, value in own.items()}
+    weights = open_weights(source, base=stored)
+    if not set(stored) & set(weights):
+        longer = {name.removesuffix(key) for key in stored for name in weights if name.endswith("." + key)}
+        shorter = {key.removesuffix(name) for key in stored for name in weights if key.endswith("." + name)}
+        if longer:
+            prefix = min(longer)
             weights = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-    weights = {name: weights[name] for name in own if name in weights}
+        elif shorter:
+            weights = {min(shorter) + name: weights[name] for name in weights}
+    weights = {name: weights[key] for name, key in names.items() if key in weights}
     Aligned(own, {task: weights})
     model = load_weights(copy.deepcopy(base).backbone, weights)
     return {name: value.detach() for name, value in model.state_dict().items()}

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -45,10 +46,11 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+@dataclass(frozen=True)
 class _Survivor(Ties):
     """TIES stopped before the merge: expert number `index` with its surviving entries alone."""
 
-    index: int
+    index: int = 0
 
     def __call__(self, block: Block) -> Tensor:
         return self.survivors(block)[self.index].add_(block.base)
@@ -66,9 +68,7 @@ def surviving(base: Weights, experts: Mapping[str, Weights], *, density: float =
     statistic = Merge(models, rule).statistic()
     found = {}
     for index, name in enumerate(models.experts):
-        survivor = _Survivor(1.0, True, "sum", rule.density, "global")
-        object.__setattr__(survivor, "index", index)
-        found[name] = Merge(models, survivor)
+        found[name] = Merge(models, _Survivor(1.0, True, "sum", rule.density, "global", index))
         found[name]._statistic = (statistic,)
     return found
 
@@ -130,7 +130,8 @@ def adamerging(
         for task, stream in streams.items():
             logits = merged(inputs_of(next(stream)), task)
             if logits.ndim < 2 or logits.shape[-1] < 2:
-                raise InputError(f"task {task!r} has outputs of shape {tuple(logits.shape)}: entropy needs two or more classes")
+                shape = tuple(logits.shape)
+                raise InputError(f"task {task!r} has outputs of shape {shape}: entropy needs two or more classes")
             with torch.no_grad():
                 now = entropy(logits.softmax(-1).reshape(-1, logits.shape[-1]).mean(0).clamp_min(1e-30).log()).item()
             spread[task] = (spread.get(task, (now, now))[0], now)
@@ -140,7 +141,8 @@ def adamerging(
     history = learn(merged, coefficients, [raw], losses, optimiser=optimiser, steps=steps, progress=progress)
     collapsed = [task for task, (first, last) in spread.items() if first > 0.1 * math.log(2) and last < first / 2]
     if collapsed:
-        warnings.warn(f"predictions of {', '.join(collapsed)} collapse towards few classes; lower lr or steps", stacklevel=2)
+        names = ", ".join(collapsed)
+        warnings.warn(f"predictions of {names} collapse towards few classes; lower lr or steps", stacklevel=2)
     result = merged.merge(coefficients())
     result.history = history  # type: ignore[attr-defined]
     return result

@@ -14,14 +14,14 @@ from ..errors import InputError
 from ..nets.multitask import MultiTaskModel
 from ..save import signature
 from ..task import to_device
-from .engine import Aligned
+from .engine import Aligned, working
 
 __all__ = ["at", "call_arguments", "double", "evaluating", "limited", "matched", "wide"]
 
 
 def wide(value: Tensor) -> Tensor:
     """At least float32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value.to(working(value.dtype))
 
 
 def double(value: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from ..checkpoint import Weights
 from ..errors import InputError
 from ..nets.multitask import shared
 from ..save import BLOCK
-from .engine import Aligned, Block, Merge, Rule
+from .engine import Aligned, Block, Merge, Rule, working
 from .evidence import at, call_arguments, double, evaluating, limited, matched, wide
 
 __all__ = ["Fisher", "fisher", "fisher_information"]
@@ -82,7 +82,7 @@ class _Squares:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"Fisher information needs outputs (N, classes) with two classes or more, got {got}")
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return logits.to(working(logits.dtype)).log_softmax(-1)
 
     def _one(self, parameters: Mapping[str, Tensor], example: Any) -> Tensor:
         return self.log_p(parameters, at(example, None))[0]
@@ -217,19 +217,22 @@ class Fisher(Rule):
         return (count / total) ** 0.5 if self.normalise else 1.0
 
     def __call__(self, block: Block) -> Tensor:
-        work = torch.promote_types(block.base.dtype, torch.float32)
-        above = torch.zeros_like(block.base, dtype=work)
-        below = torch.zeros_like(above)
+        # averages the differences from the first expert: experts that agree are then kept bit for bit
+        first, *others = [expert.to(working(block.base.dtype)) for expert in block.experts]
         source = self.names.get(block.name)
-        for k, expert in enumerate(block.experts):
-            if source is None:
-                share = torch.full_like(above, self.weights[k])
-            else:
-                own = self.information[k][source].detach().reshape(-1)[block.start : block.stop]
-                share = own.to(above, copy=True).mul_(block.statistic[k]).clamp_(min=self.floor).mul_(self.weights[k])
-            above.addcmul_(share, expert.to(work))
+        below = self._share(0, source, block, first)
+        above = torch.zeros_like(first)
+        for k, expert in enumerate(others, 1):
+            share = self._share(k, source, block, first)
+            above.addcmul_(share, expert - first)
             below += share
-        return above.div_(below)
+        return above.div_(below).add_(first)
+
+    def _share(self, k: int, source: str | None, block: Block, like: Tensor) -> Tensor:
+        if source is None:
+            return torch.full_like(like, self.weights[k])
+        own = self.information[k][source].detach().reshape(-1)[block.start : block.stop]
+        return own.to(like, copy=True).mul_(block.statistic[k]).clamp_(min=self.floor).mul_(self.weights[k])
 
 
 def fisher(
@@ -264,7 +267,7 @@ def fisher(
     """
     models = Aligned(base, experts)
     weights = [1.0] * len(experts) if weights is None else [float(weight) for weight in weights]
-    if len(weights) != len(experts) or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != len(experts) or not all(0 <= w < float("inf") for w in weights) or not any(weights):
         raise InputError(f"fisher needs {len(experts)} weights, not negative and not all zero, got {weights}")
     if not floor > 0:
         raise InputError(f"floor is the least information of an entry, above 0, got {floor:g}")

@@ -99,15 +99,15 @@ def gram_matrices(
     counts: dict[str, int] = {}
     mask: Tensor | None = None
 
-    def look(layer: nn.Module, arguments: tuple) -> None:
-        rows = wide(_rows(arguments[0].detach(), mask))
+    def look(layer: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        rows = wide(_rows(next(iter([*arguments, *keywords.values()])).detach(), mask))
         name = layers[layer]
         if name not in sums:
             sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         sums[name].addmm_(rows.T, rows)
         counts[name] = counts.get(name, 0) + len(rows)
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         with evaluating(model):
             for inputs, _, seen in limited(batches, examples, next(model.parameters()).device):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +47,30 @@ class Normalize(nn.Module):
         return F.normalize(x, dim=-1)
 
 
+def _empty(fan_in: int, fan_out: int, **options: Any) -> nn.Linear:
+    """A linear layer whose values are still to be set: it draws nothing from the global generator."""
+    return nn.Linear(fan_in, fan_out, device="meta", **options).to_empty(device="cpu")
+
+
 def class_head(directions: Tensor, *, temperature: float) -> nn.Linear:
     """A fixed linear head: cosine with each class's direction over a temperature, as CLIP's text heads.
 
     Args:
         directions: `(classes, d)`; normalised here.
         temperature: divides the cosine, > 0.
+
+    Raises:
+        InputError: directions that are not a matrix, a temperature that is not positive.
+
+    >>> class_head(torch.tensor([[3.0, 4.0]]), temperature=0.5)(torch.tensor([0.6, 0.8])).item()
+    2.0
     """
+    if directions.ndim != 2:
+        raise InputError(f"directions are (classes, d), got {tuple(directions.shape)}")
+    if not temperature > 0:
+        raise InputError(f"temperature is above 0, got {temperature:g}")
     classes, width = directions.shape
-    head = nn.Linear(width, classes, bias=False, device=directions.device, dtype=directions.dtype)
+    head = _empty(width, classes, bias=False, dtype=directions.dtype)
     head.weight = nn.Parameter(F.normalize(directions, dim=-1) / temperature, requires_grad=False)
     return head
 
@@ -62,8 +79,8 @@ def mlp(widths: list[int], *, seed: int) -> nn.Sequential:
     """Linear layers with GELU between them, initialised from `seed`."""
     layers: list[nn.Module] = []
     generator = torch.Generator().manual_seed(seed)
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
-        linear = nn.Linear(fan_in, fan_out)
+    for fan_in, fan_out in pairwise(widths):
+        linear = _empty(fan_in, fan_out)
         bound = fan_in**-0.5
         nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
         nn.init.uniform_(linear.bias, -bound, bound, generator=generator)

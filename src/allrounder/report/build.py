@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -18,21 +19,84 @@ __all__ = ["build"]
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
+NEEDS = {
+    "reference": "nothing",
+    "training": "all training data",
+    "data-free": "no data",
+    "unlabelled": "unlabelled data",
+    "labelled": "labelled data",
+    "keeps every task": "labelled data",
+    "chooses per input": "data sorted by task",
+}
+# Methods that stand in the catalogue under another paper are cited by their own: title, authors, venue, year, arXiv.
+OWN_PAPERS = {
+    "average": ("Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing "
+                "inference time", "Wortsman, Mitchell and others", "ICML", 2022, "2203.05482"),
+    "ties": ("TIES-Merging: Resolving Interference When Merging Models",
+             "Yadav, Prateek and Tam, Derek and Choshen, Leshem and Raffel, Colin and Bansal, Mohit",
+             "NeurIPS", 2023, "2306.01708"),
+    "dare": ("Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+             "Yu, Le and Yu, Bowen and Yu, Haiyang and Huang, Fei and Li, Yongbin", "ICML", 2024, "2311.03099"),
+    "breadcrumbs": ("Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
+                    "Davari, MohammadReza and Belilovsky, Eugene", "ECCV", 2024, "2312.06795"),
+    "fisher": ("Merging Models with Fisher-Weighted Averaging", "Matena, Michael and Raffel, Colin",
+               "NeurIPS", 2022, "2111.09832"),
+    "regmean": ("Dataless Knowledge Fusion by Merging Weights of Language Models",
+                "Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang",
+                "ICLR", 2023, "2212.09849"),
+}  # fmt: skip
 
-def _paper(slug: str) -> dict[str, Any] | None:
+
+def _paper(name: str, slug: str) -> dict[str, Any] | None:
     if not slug:
         return None
     found = papers()[slug]
-    return {"slug": slug, "title": found.title, "year": found.year, "arxiv": found.arxiv}
+    own = OWN_PAPERS.get(name, (found.title, found.authors, found.venue, found.year, found.arxiv))
+    return {"slug": slug} | dict(zip(("title", "authors", "venue", "year", "arxiv"), own, strict=True))
+
+
+def _finite(content: Any) -> Any:
+    """The same nest with `None` for what is no number: JSON has no NaN."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _shares(scores: Mapping[str, float], experts: Mapping[str, float]) -> tuple[dict[str, float | None], float | None]:
+    """Normalised scores and their mean, over the tasks whose expert scores above 0."""
+    counted = [task for task in scores if 0 < experts[task] < math.inf]
+    found = normalised({task: scores[task] for task in counted}, experts)
+    shares = {task: _finite(found.get(task)) for task in scores}
+    whole = bool(counted) and all(shares[task] is not None for task in counted)
+    return shares, mean(found) if whole else None
 
 
 def _choose(results: Results) -> str | None:
     """The single merged model with the best mean validation score; the first, when they tie."""
-    merged = [
-        name for name, by_seed in results.items()
+    merged = {
+        name: fmean(mean(one["validation"]) for one in by_seed.values())
+        for name, by_seed in results.items()
         if ENTRANTS[name].family not in ("reference", "training") and all(one["single"] for one in by_seed.values())
-    ]  # fmt: skip
-    return max(merged, key=lambda name: fmean(mean(one["validation"]) for one in results[name].values()), default=None)
+    }
+    return max((name for name in merged if math.isfinite(merged[name])), key=lambda name: merged[name], default=None)
+
+
+def _warnings(results: Results) -> list[str]:
+    """What is missing in the report, and why."""
+    notes = []
+    for seed, one in results["experts"].items():
+        for task, value in one["scores"].items():
+            if not 0 < value < math.inf:
+                what = f"The expert of {task} scores {value:g} with seed {seed}, of which a share means nothing"
+                notes.append(f"{what}: the task is left out of that seed's means.")
+    for name, by_seed in results.items():
+        broken = {task for one in by_seed.values() for task, value in one["scores"].items() if not math.isfinite(value)}
+        if broken and name != "experts":
+            tasks = ", ".join(sorted(broken))
+            notes.append(f"{ENTRANTS[name].title} has no score on {tasks} (not a number), and so no mean.")
+    return notes
 
 
 def build(
@@ -41,6 +105,8 @@ def build(
     methods: Mapping[str, Mapping[str, Any]],
     results: Results,
     account: dict[str, Any],
+    *,
+    metric: str = "accuracy",
 ) -> dict[str, Any]:
     """The report of a run, JSON-ready; its form is described in `allrounder.report`.
 
@@ -50,28 +116,30 @@ def build(
         methods: name -> options.
         results: method -> seed -> what the step gave.
         account: command, device, cores, started, steps.
+        metric: what the scores are, in a word.
     """
     experts = results["experts"]
     rows = []
     for name, options in methods.items():
         entrant, by_seed = ENTRANTS[name], results[name]
-        scores = {str(seed): dict(one["scores"]) for seed, one in by_seed.items()}
+        shares = {str(seed): _shares(one["scores"], experts[seed]["scores"]) for seed, one in by_seed.items()}
         notes = dict.fromkeys(one["note"] for one in by_seed.values() if one["note"])
         rows.append(
             {
                 "name": name,
                 "title": entrant.title,
                 "family": entrant.family,
+                "needs": NEEDS[entrant.family],
+                "single": all(one["single"] for one in by_seed.values()),
                 "options": dict(options),
-                "paper": _paper(entrant.paper),
-                "scores": scores,
+                "paper": _paper(name, entrant.paper),
+                "scores": {str(seed): dict(one["scores"]) for seed, one in by_seed.items()},
                 "validation": {str(seed): dict(one["validation"]) for seed, one in by_seed.items()},
-                "normalised": {
-                    str(seed): normalised(one["scores"], experts[seed]["scores"]) for seed, one in by_seed.items()
-                },
+                "normalised": {seed: share for seed, (share, _) in shares.items()},
+                "mean": {seed: value for seed, (_, value) in shares.items()},
                 "bytes": int(fmean(one["bytes"] for one in by_seed.values())),
                 "seconds": round(fmean(one["merge_seconds"] for one in by_seed.values()), 3),
-                "note": next(iter(notes), "") if len(notes) == 1 else " / ".join(notes),
+                "note": " / ".join(notes),
             }
         )
     chosen = _choose(results)
@@ -80,10 +148,12 @@ def build(
         tables = [one[key] for one in experts.values()]
         return [[fmean(values) for values in zip(*table, strict=True)] for table in zip(*tables, strict=True)]
 
+    learned = {name: results[name][recipe.seed].get("coefficients") for name in methods}
     report: dict[str, Any] = {
         "title": recipe.title,
         "suite": recipe.suite,
         "base": recipe.base or f"made for the suite {recipe.suite!r}",
+        "metric": metric,
         "seeds": recipe.all_seeds,
         "tasks": tasks,
         "chosen": chosen
@@ -96,16 +166,22 @@ def build(
         "methods": rows,
         "cross": {"rows": tasks, "columns": tasks, "values": over_seeds("cross")},
         "cosine": {"names": tasks, "values": over_seeds("cosine")},
+        "coefficients": [
+            {
+                "method": name,
+                "rows": tasks,
+                "columns": list(found),
+                "values": [list(row) for row in zip(*found.values(), strict=True)],
+            }
+            for name, found in learned.items()
+            if found
+        ],
         "ran": {"versions": versions(), **account},
         "notes": [
             "Methods learn on the training splits, choose on validation and are reported on test.",
             "Bytes count the shared weights and what a method keeps beside them; heads are the same for all.",
-            "Dynamic logit fusion needs a second, smaller model and is measured by its study: allrounder study logit-fusion.",
+            "Dynamic logit fusion needs a second, smaller model and has a study: allrounder study logit-fusion.",
+            *_warnings(results),
         ],
     }
-    learned = chosen and results[chosen][recipe.seed]["coefficients"]
-    if learned:
-        report["coefficients"] = {
-            "rows": tasks, "columns": list(learned), "values": [list(row) for row in zip(*learned.values(), strict=True)],
-        }  # fmt: skip
-    return report
+    return _finite(report)
