@@ -59,7 +59,7 @@ def import_ours() -> None:
 
     import allrounder.checkpoint
     import allrounder.merging.baselines
-    import allrounder.save  # noqa: F401
+    import allrounder.saving  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -68,7 +68,7 @@ def run_ours(rule: str, base: Path, experts: list[Path], out: Path) -> None:
     """The merge with allrounder, from paths to a written folder."""
     from allrounder.checkpoint import Checkpoint
     from allrounder.merging.baselines import average, task_arithmetic, ties
-    from allrounder.save import save
+    from allrounder.saving import save
 
     opened = {expert.name: Checkpoint(expert) for expert in experts}
     if rule == "linear":

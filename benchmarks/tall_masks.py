@@ -22,6 +22,7 @@ from checkpoints import EXPERTS, SHAPES, make
 def write_archive(base: Path, experts: list[Path], out: Path) -> None:
     """The archive, as `allrounder merge --method tall-masks` writes it."""
     import torch
+
     from allrounder.merging.checkpoints import merge_checkpoints
 
     torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def restore(archive: Path, task: str, out: Path) -> None:
 def rewrite(source: Path, out: Path) -> None:
     """A checkpoint read and written by the library, unchanged: what restoring costs besides choosing."""
     from allrounder.checkpoint import Checkpoint
-    from allrounder.save import save
+    from allrounder.saving import save
 
     save(Checkpoint(source), out)
 

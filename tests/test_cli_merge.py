@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from allrounder import cli
 from allrounder.checkpoint import Checkpoint
-from allrounder.save import save
+from allrounder.saving import save
 
 
 def model(seed=0, like=None):
@@ -278,7 +278,7 @@ def test_a_full_disk_is_one_sentence_in_a_process_of_its_own(folder):
 
 SLOW = """
 import sys, time
-import allrounder.save as writing
+import allrounder.saving as writing
 whole = writing._write
 def slow(file, content, at):
     print("writing", flush=True)

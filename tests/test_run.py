@@ -36,7 +36,8 @@ def scores(report):
 
 
 def times(out):
-    return {path.name: path.stat().st_mtime_ns for path in (out / "steps").iterdir()}
+    """Of finished steps; what is being written has a name that begins with a dot."""
+    return {path.name: path.stat().st_mtime_ns for path in (out / "steps").glob("[!.]*")}
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,24 @@ def test_a_changed_recipe_redoes_what_changed(finished, tmp_path):
 
 def test_killed_at_any_moment_it_continues(finished, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "allrounder", "run", str(recipe(tmp_path)), "--out", str(out), "--jobs", "2", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "allrounder",
+        "run",
+        str(recipe(tmp_path)),
+        "--out",
+        str(out),
+        "--jobs",
+        "2",
+        "--json",
+    ]
     kept = {}
     for wanted in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 300
         while not (out / "steps").is_dir() or len(times(out)) < wanted:
             assert process.poll() is None, "ended before it could be killed"
             assert time.monotonic() < deadline
@@ -100,16 +114,16 @@ def test_killed_at_any_moment_it_continues(finished, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not (out / "report.json").exists()
-        found = {name: when for name, when in times(out).items() if not name.startswith(".")}
-        assert kept.items() <= found.items()
-        kept = found
+        assert kept.items() <= times(out).items()
+        kept = times(out)
     report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     assert kept.items() <= times(out).items()
     assert scores(report) == scores(finished[1])
-    assert sum(step["cached"] for step in report["ran"]["steps"]) >= 3
+    assert sum(step["cached"] for step in report["ran"]["steps"]) == len(kept) >= 3
 
 
-def test_on_a_local_ray_cluster_it_is_the_same(finished, tmp_path):
+def test_on_a_local_ray_cluster_it_is_the_same(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default, which starves beside other tests
     ray = pytest.importorskip("ray", reason="the extra 'cluster' is not installed")
     try:
         report = run(load_recipe(recipe(tmp_path)), tmp_path / "out", jobs=2, cluster="auto")

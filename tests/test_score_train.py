@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import allrounder as ar
-from allrounder.score import mean
+from allrounder.scoring import mean
 from allrounder.train import fit
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .catalogue import cite, papers
     from .checkpoint import Checkpoint, Weights, open_weights
     from .errors import InputError
-    from .save import save
-    from .score import normalised, score
+    from .saving import save
+    from .scoring import normalised, score
     from .study import Claim, Finding, run_study
     from .task import Batches, Examples, Suite, Task
     from .train import fit, load_weights
@@ -28,8 +28,8 @@ _ROOMS = ("data", "merging", "nets", "report")
 _HOMES = {
     "Batches": "task", "Checkpoint": "checkpoint", "Claim": "study", "Examples": "task", "Finding": "study",
     "InputError": "errors", "Suite": "task", "Task": "task", "Weights": "checkpoint", "cite": "catalogue",
-    "fit": "train", "load_weights": "train", "normalised": "score", "open_weights": "checkpoint",
-    "papers": "catalogue", "run_study": "study", "save": "save", "score": "score",
+    "fit": "train", "load_weights": "train", "normalised": "scoring", "open_weights": "checkpoint",
+    "papers": "catalogue", "run_study": "study", "save": "saving", "score": "scoring",
 }  # fmt: skip
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, Weights, tied
 from .errors import InputError
-from .save import signature
+from .saving import signature
 
 __all__ = ["AdaptedWeights"]
 

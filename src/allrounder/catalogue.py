@@ -78,7 +78,7 @@ def cite(what: object) -> str:
         return paper(what).bibtex
     module = getattr(what, "__module__", "")
     for entry in papers().values():
-        owner = entry.method.rpartition(".")[0]
-        if what is entry.load() or (module.count(".") > 1 and module == owner):
+        found = entry.load()
+        if what is found or module == found.__module__:
             return entry.bibtex
     raise InputError(f"{getattr(what, '__name__', what)!r} belongs to no paper of the catalogue")

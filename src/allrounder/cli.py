@@ -34,12 +34,20 @@ def _bar(quiet: bool, unit: str = "") -> Iterator[Callable[[str, int, int], None
         yield lambda *_: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
@@ -157,7 +165,9 @@ def study(
 
         with Console(stderr=True).status(f"{slug} at {scale} scale, seed {seed}"):
             finding = run_study(slug, scale=scale, seed=seed)  # type: ignore[arg-type]
-        table = Table("claim", "expected", "measured", "holds", title=f"{slug}, {scale}, seed {seed}, {finding['seconds']} s")
+        table = Table(
+            "claim", "expected", "measured", "holds", title=f"{slug}, {scale}, seed {seed}, {finding['seconds']} s"
+        )
         for claim in finding["claims"]:
             mark = "yes" if claim["holds"] else "NO"
             table.add_row(escape(claim["text"]), escape(claim["expected"]), escape(str(claim["measured"])), mark)

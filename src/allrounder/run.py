@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -190,7 +191,7 @@ def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: s
     import warnings
 
     from .entrants import ENTRANTS
-    from .score import score
+    from .scoring import score
 
     bench, _ = _bench(recipe, step.seed, steps, out, device)
     with warnings.catch_warnings(record=True) as caught:
@@ -199,7 +200,7 @@ def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: s
         outcome = ENTRANTS[step.name].enter(bench, **step.options)
         weights = None if outcome.weights is None else dict(outcome.weights)
         seconds = time.perf_counter() - start
-    model = outcome.answer if weights is None else bench.with_weights(weights)
+    model: Any = outcome.answer if weights is None else bench.with_weights(weights)
     notes = [outcome.note, *{str(warning.message) for warning in caught if warning.category is UserWarning}]
 
     def answer(inputs: Any, task: str) -> Any:
@@ -226,7 +227,7 @@ def _matrices(bench: Any) -> dict[str, Any]:
     import torch
 
     from .merging.engine import Aligned
-    from .score import score
+    from .scoring import score
 
     cross = [
         list(score(bench.with_weights(weights), bench.suite, split="test").values())
@@ -257,7 +258,10 @@ def _parallel(jobs: int, cluster: str | None, calls: list[Any]) -> Iterable[Any]
         try:
             address = None if cluster == "auto" and not os.environ.get("RAY_ADDRESS") else cluster
             ray.init(
-                address=address, num_cpus=jobs if address is None else None, log_to_driver=False, logging_level="ERROR"
+                address=address,
+                num_cpus=jobs if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise InputError(f"no Ray cluster answers at {cluster!r}; start one or use --cluster auto") from error
@@ -396,7 +400,7 @@ def _run(
 def _export(recipe: Recipe, report: dict[str, Any], stages: list[list[Step]], out: Path, device: str) -> None:
     """Write the chosen model's weights for the first seed, unless they stand there already."""
     from .entrants import ENTRANTS
-    from .save import save
+    from .saving import save
 
     name = report["chosen"]["method"]
     step = next(step for step in stages[2] if step.name == name and step.seed == recipe.seed)
@@ -405,7 +409,7 @@ def _export(recipe: Recipe, report: dict[str, Any], stages: list[list[Step]], ou
     if marker.is_file() and target.is_dir():
         return
     bench, setting = _bench(recipe, recipe.seed, [step for stage in stages for step in stage], out, device)
-    weights = ENTRANTS[name].enter(bench, **step.options).weights
+    weights: Any = ENTRANTS[name].enter(bench, **step.options).weights
     complete = getattr(bench.model.backbone, "checkpoint", None)
     if complete is not None:
         weights = complete(weights)

@@ -83,7 +83,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         from .data.scripts import scripts
 
         sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
-        suite = _chosen(scripts(seed=seed, **{key: value for key, value in sizes.items() if value}), recipe)
+        suite = _chosen(scripts(seed=seed, **{key: value for key, value in sizes.items() if value}), recipe)  # type: ignore[arg-type]
         make_base = partial(script_base, suite, seed=seed)
     else:
         from .data.images import image_suite

@@ -90,10 +90,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
     with torch.no_grad():
         for name, value in own.items():
             if name in weights:
-                if weights[name].shape != value.shape:
-                    have, want = tuple(weights[name].shape), tuple(value.shape)
+                given = weights[name]
+                if given.shape != value.shape:
+                    have, want = tuple(given.shape), tuple(value.shape)
                     raise InputError(f"{name!r} has the shape {have} in the weights and {want} in the model")
-                value.copy_(weights[name])
+                value.copy_(given)
             elif value.is_floating_point() and value.data_ptr() not in by_storage:
                 raise InputError(f"the weights lack {name!r}, which the model has")
     return model

@@ -5,7 +5,7 @@ import torch
 
 import allrounder as ar
 from allrounder.data.digits import digits, digits_base, digits_expert, digits_shape
-from allrounder.score import score
+from allrounder.scoring import score
 from allrounder.train import load_weights
 
 SPLITS = ("train", "validation", "test")

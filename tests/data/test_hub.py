@@ -19,8 +19,8 @@ from allrounder.nets.encoders import (
     load_tokenizer,
 )  # fmt: skip
 from allrounder.nets.multitask import MultiTaskModel
-from allrounder.save import save
-from allrounder.score import score
+from allrounder.saving import save
+from allrounder.scoring import score
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from allrounder.merging.fisher import fisher
 from allrounder.merging.regmean import regmean
 from allrounder.merging.self_positioning import slerp
 from allrounder.merging.tall_masks import consensus
-from allrounder.save import save
+from allrounder.saving import save
 
 SHAPES = {"matrix": (6, 5), "vector": (9,), "kernel": (2, 3, 2, 2), "scalar": (), "empty": (0, 4)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

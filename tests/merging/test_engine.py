@@ -12,7 +12,7 @@ from allrounder.merging import engine
 from allrounder.merging.baselines import average, breadcrumbs, dare, task_arithmetic, ties
 from allrounder.merging.engine import Aligned, Block, Linear, Merge, Rule
 from allrounder.merging.fisher import fisher
-from allrounder.save import save
+from allrounder.saving import save
 
 SHAPES = {"a": (7, 11), "b": (300,), "c": (), "d": (2, 3, 4, 5)}
 

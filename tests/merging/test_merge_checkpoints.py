@@ -16,7 +16,7 @@ from allrounder.merging import baselines
 from allrounder.merging.checkpoints import METHODS, NEED_DATA, _labels, _size, merge_checkpoints, restore_archive
 from allrounder.merging.self_positioning import slerp
 from allrounder.merging.tall_masks import compress, consensus
-from allrounder.save import save
+from allrounder.saving import save
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)

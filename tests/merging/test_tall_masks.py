@@ -18,7 +18,7 @@ from allrounder.merging import archive as archives
 from allrounder.merging import task_arithmetic, ties
 from allrounder.merging.engine import Aligned, Merge
 from allrounder.merging.tall_masks import Archive, Consensus, _shared, compress, consensus, open_archive
-from allrounder.save import BLOCK, save
+from allrounder.saving import BLOCK, save
 
 CARD = {"a": [2.0, 0.0, -1.0, 0.5], "b": [1.0, 1.0, 1.0, -0.5], "c": [-0.5, 0.0, 0.2, 0.1]}
 

@@ -14,7 +14,7 @@ from allrounder.data.text import Tokens, tokenize
 from allrounder.merging.coefficients import MergedModel
 from allrounder.nets.encoders import TextEncoder, find_minilm, load_processor, load_tokenizer, text_heads
 from allrounder.nets.multitask import MultiTaskModel
-from allrounder.save import save
+from allrounder.saving import save
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["I lost my card", "what is the weather like in Paris tomorrow?", "refund", "turn the lights off, please"]

@@ -8,7 +8,7 @@ import allrounder as ar
 from allrounder.data.scripts import blocks, scripts
 from allrounder.nets import MultiTaskModel, class_head, vision
 from allrounder.nets.vision import conv_net, image_base, image_expert, image_shape, script_base
-from allrounder.score import score
+from allrounder.scoring import score
 from allrounder.train import load_weights
 
 

@@ -10,6 +10,7 @@ before any of them was run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +45,12 @@ def digits(*, seed: int = 0) -> Suite:
     """
     from sklearn.datasets import load_digits
 
-    loaded = load_digits()
+    loaded: Any = load_digits()
     images = torch.tensor(loaded.images, dtype=torch.float32) / 16
     labels = torch.tensor(loaded.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     parts = order.split([900, 300, len(order) - 1200])
-    names = tuple("zero one two three four five six seven eight nine".split())
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
     def task(name: str, view: Callable[[Tensor], Tensor]) -> Task:
         flat = view(images).reshape(len(images), -1)

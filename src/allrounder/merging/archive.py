@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, Weights, tied
 from ..errors import InputError
-from ..save import BLOCK, replacing, save, signature
+from ..saving import BLOCK, replacing, save, signature
 
 __all__ = ["Archive", "Specialist", "open_archive"]
 

@@ -59,7 +59,7 @@ class Linearised(nn.Module):
         def at(weights: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(merged.model, weights, args, tie_weights=True)
 
-        value, change = torch.func.jvp(at, (points,), (steps,))
+        value, change = torch.func.jvp(at, (points,), (steps,))  # type: ignore[misc]
         return value + change
 
 

@@ -31,7 +31,7 @@ from ..adapter import AdaptedWeights
 from ..catalogue import nearest
 from ..checkpoint import PICKLES, Weights, open_weights, resolve, tied
 from ..errors import InputError
-from ..save import save
+from ..saving import save
 from .baselines import analogy, average, breadcrumbs, dare, negate, task_arithmetic, ties
 from .engine import Aligned, Merge
 from .self_positioning import slerp

@@ -176,7 +176,7 @@ class MergedModel(nn.Module):
     def _vector(self, name: str, leaf: Tensor, storage: torch.dtype) -> Any:
         factors = [getattr(expert, "low_rank", lambda _: None)(name) for expert in self.models.experts.values()]
         if self.parts == 1 and all(factor is not None for factor in factors):
-            return _LowRank([(a.to(leaf.device), b.to(leaf.device), scale) for a, b, scale in factors], leaf.shape)
+            return _LowRank([(a.to(leaf.device), b.to(leaf.device), scale) for a, b, scale in factors], leaf.shape)  # type: ignore[misc]
         stacked = torch.empty(len(self.models.experts), leaf.numel(), dtype=storage, device=leaf.device)
         for block, deltas in self.models.deltas(name):
             stacked[:, block.start : block.stop] = deltas

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..checkpoint import Weights, tied
 from ..errors import InputError
-from ..save import BLOCK, signature
+from ..saving import BLOCK, signature
 
 __all__ = ["Aligned", "Block", "Linear", "Merge", "Rule", "working"]
 
@@ -76,6 +76,7 @@ class Rule:
     """
 
     whole = False  # give whole tensors, not blocks
+    pieces = 1  # how many times `PIECE` entries a block has; 2 where no stack of K blocks is made
 
     def statistic(self, models: Aligned) -> Any:
         """Something that needs a pass over all tensors, computed once."""
@@ -102,6 +103,7 @@ class Linear(Rule):
     """
 
     coefficients: Any
+    pieces = 2
 
     def __call__(self, block: Block) -> Tensor:
         values = self.coefficients
@@ -192,7 +194,7 @@ class Aligned:
         """Blocks of one tensor with their task vectors `(K, n)`, checked to be finite."""
         for block in self.blocks(name, size=PIECE):
             deltas = block.deltas()
-            if not torch.isfinite(deltas.sum()):
+            if not math.isfinite(deltas.sum().item()):
                 self.explain(block)
             yield block, deltas
 
@@ -277,19 +279,19 @@ class Merge(Mapping[str, Tensor]):
         """
         name = self.tied.get(name, name)
         if not self.models.signatures[name][0].is_floating_point:
-            yield from self.models.base[name].detach().reshape(-1).split(PIECE)
+            yield from self.models.base[name].detach().reshape(-1).split(BLOCK)
             return
         base, experts = self.models.flat(name)
         same = all(expert is base or _equal(expert, base) for expert in experts)  # ends at the first difference
         statistic = None if same else self.statistic()
         special = None if same else self.rule.tensor_statistic(self.models, name, statistic)
-        size = max(1, len(base)) if self.rule.whole else PIECE
+        size = max(1, len(base)) if self.rule.whole else self.rule.pieces * PIECE
         for block in _cut(name, base, experts, size, statistic, special):
             merged = (block.base if same else self.rule(block)).to(dtype)
-            if not torch.isfinite(merged.sum(dtype=torch.float32)) and not _all_finite(merged):
+            if not math.isfinite(merged.sum(dtype=torch.float32).item()) and not _all_finite(merged):
                 self.models.explain(block)
                 raise InputError(f"merged values of {name!r} do not fit {dtype}; choose a wider dtype")
-            yield from merged.split(PIECE)
+            yield merged
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape = self.signature(name)

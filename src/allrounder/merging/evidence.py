@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import Weights
 from ..errors import InputError
 from ..nets.multitask import MultiTaskModel
-from ..save import signature
+from ..saving import signature
 from ..task import to_device
 from .engine import Aligned, working
 

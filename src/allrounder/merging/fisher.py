@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from ..checkpoint import Weights
 from ..errors import InputError
 from ..nets.multitask import shared
-from ..save import BLOCK
+from ..saving import BLOCK
 from .engine import Aligned, Block, Merge, Rule, working
 from .evidence import at, call_arguments, double, evaluating, limited, matched, wide
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..checkpoint import Weights
 from ..errors import InputError
-from ..save import BLOCK
+from ..saving import BLOCK
 from .archive import Archive, Specialist, open_archive
 from .baselines import Sparse, Ties, _share
 from .engine import Aligned, Block, Merge, Rule

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..catalogue import papers
 from ..entrants import ENTRANTS
-from ..score import mean, normalised
+from ..scoring import mean, normalised
 from ..study import versions
 
 if TYPE_CHECKING:

@@ -96,6 +96,7 @@ def run(scale: Scale, seed: int) -> Finding:
     def gains(first: str, second: str) -> list[float]:
         return [row[first] - row[second] for row in table.values()]
 
+    mixed, isotropic = ([row[f"mixture, {per}"] for row in table.values()] for per in ("block-wise", "isotropic"))
     claims = [
         Claim.at_least("block-wise above isotropic, worst draw", min(gains("block-wise", "isotropic")), 7),
         Claim.at_least("block-wise above the base, worst draw", min(gains("block-wise", "base")), 30),
@@ -103,8 +104,8 @@ def run(scale: Scale, seed: int) -> Finding:
             "few-shot: others' vectors above random directions, mean",
             fmean(gains("few-shot, task vectors", "few-shot, random directions")), 0,
         ),
-        Claim.at_least("block-mixture recovered block-wise, worst draw", min(r["mixture, block-wise"] for r in table.values()), 97, "% agreement"),
-        Claim.at_most("block-mixture recovered isotropically, best draw", max(r["mixture, isotropic"] for r in table.values()), 97, "% agreement"),
+        Claim.at_least("block-mixture recovered block-wise, worst draw", min(mixed), 97, "% agreement"),
+        Claim.at_most("block-mixture recovered isotropically, best draw", max(isotropic), 97, "% agreement"),
     ]  # fmt: skip
     rows = [{"draw": draw} | {name: round(value, 2) for name, value in row.items()} for draw, row in table.items()]
     return Finding(claims, {"accuracy": rows})

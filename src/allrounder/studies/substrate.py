@@ -8,7 +8,7 @@ from functools import lru_cache
 from ..checkpoint import Weights
 from ..data.digits import digits, digits_base, digits_expert
 from ..nets.multitask import MultiTaskModel
-from ..score import mean, score
+from ..scoring import mean, score
 from ..task import Suite
 from ..train import load_weights
 
@@ -20,7 +20,9 @@ def specialists(seed: int) -> tuple[Suite, MultiTaskModel, dict[str, Weights]]:
     """The suite, the base model with its fixed heads, and the weights of one expert per task (about 2.5 s)."""
     suite = digits(seed=seed)
     base = digits_base(suite, seed=seed)
-    experts = {task: digits_expert(base, suite, task, seed=seed).backbone.state_dict() for task in suite}
+    experts: dict[str, Weights] = {
+        task: digits_expert(base, suite, task, seed=seed).backbone.state_dict() for task in suite
+    }
     return suite, base, experts
 
 

@@ -20,7 +20,7 @@ from ..checkpoint import Weights
 from ..merging.baselines import task_arithmetic, ties
 from ..merging.tall_masks import GRID, Archive, compress, consensus
 from ..nets.multitask import MultiTaskModel
-from ..score import mean, normalised
+from ..scoring import mean, normalised
 from ..study import Claim, Finding, Scale, draws
 from ..task import Suite
 from .substrate import evaluate, points, specialists

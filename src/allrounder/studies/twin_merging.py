@@ -18,7 +18,7 @@ from ..checkpoint import Weights
 from ..merging.baselines import average, dare, task_arithmetic, ties
 from ..merging.twin_merging import TwinMerging
 from ..nets.multitask import MultiTaskModel
-from ..score import mean, score
+from ..scoring import mean, score
 from ..study import Claim, Finding, Scale, draws
 from ..task import Suite
 from ..train import fit

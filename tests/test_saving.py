@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from allrounder.checkpoint import DTYPES, Checkpoint
 from allrounder.errors import InputError
 from allrounder.merging.baselines import average
-from allrounder.save import BLOCK, replacing, save
+from allrounder.saving import BLOCK, replacing, save
 
 COMMON = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
@@ -278,7 +278,7 @@ import re, sys
 import torch
 from allrounder.checkpoint import Checkpoint
 from allrounder.merging.baselines import average, task_arithmetic
-from allrounder.save import save
+from allrounder.saving import save
 
 def private():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
