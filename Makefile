@@ -21,7 +21,7 @@ run: .venv/.ready
 	$(BIN)/allrounder run --out $(OUT)
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.ready
 	$(BIN)/ruff check src tests benchmarks

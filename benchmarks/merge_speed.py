@@ -1,6 +1,6 @@
 """Merging checkpoints: CPU time of mergekit, of allrounder, and of copying one file.
 
-    python benchmarks/merge_speed.py [--json FILE] [--repeats 5] [--ties-repeats 3]
+    python benchmarks/merge_speed.py [--json FILE] [--repeats 5]
 
 Base and four experts of 105.8 M parameters in float32. *Warm*: both libraries imported in a process of their
 own, then only the merge is timed. *Whole command*: `allrounder merge` against `mergekit-yaml`, start to end.
