@@ -135,9 +135,9 @@ def _learned(bench: Bench, merge: merging.Merge) -> Outcome:
     outcome = _one(bench, merge)
     rows = getattr(merge.rule, "coefficients", {})
     if isinstance(rows, dict):
-        outcome.coefficients = {
-            name: [float(v) for v in row] for name, row in rows.items() if not isinstance(row, Tensor)
-        }
+        found = {name: [float(v) for v in row] for name, row in rows.items() if not isinstance(row, Tensor)}
+        distinct = {tuple(row) for row in found.values()}
+        outcome.coefficients = {"all tensors": list(*distinct)} if len(distinct) == 1 else found
     return outcome
 
 
