@@ -250,7 +250,7 @@ def test_tensors_of_many_blocks(tmp_path: Path) -> None:
 
 def test_names_of_tasks_never_become_paths(tmp_path: Path) -> None:
     base, experts = random_experts(4)
-    names = ["../../escape", "a/b", "/tmp/x", '\u00fcber "all"\n']
+    names = ["../../escape", "a/b", "/etc/x", '\u00fcber "all"\n']
     archive = compress(base, dict(zip(names, experts.values(), strict=True)))
     archive.save(tmp_path / "in" / "archive")
     assert sorted(file.name for file in (tmp_path / "in" / "archive").rglob("*")) == sorted(

@@ -1,0 +1,233 @@
+"""The steps of a run: what has to be done for a recipe, and the doing of one.
+
+A step is named by what it does and a fingerprint of all that it depends on; its result is one file in
+`OUT/steps`, written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .recipe import Recipe
+
+__all__ = ["Step", "bench_of", "plan", "work", "write_json"]
+
+VERSION = "1"  # of the steps' meaning: raise it when a method's result changes
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work: `kind` is base, expert, score (of a method) or export."""
+
+    kind: str
+    seed: int
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} {self.name} seed {self.seed}".replace("  ", " ")
+
+    @property
+    def file(self) -> str:
+        label = "-".join(part for part in (self.kind, self.name.replace("/", "."), str(self.seed)) if part)
+        return f"{label}-{self.fingerprint}" + (".safetensors" if self.kind in ("base", "expert") else ".json")
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _identity(source: str | None) -> Any:
+    """What a file or folder is now: names, sizes and times of its files."""
+    if source is None or not Path(source).exists():
+        return source
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [source, [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
+def _data(recipe: Recipe, tasks: list[str]) -> Any:
+    """What the files of the tasks are now, in suites that read a data folder."""
+    if recipe.suite not in ("images", "text"):
+        return None
+    folder = Path(recipe.data or os.environ["ALLROUNDER_DATA"]).expanduser()
+    names = sorted({task.partition("/")[0] for task in tasks})
+    return [_identity(str(path)) for name in names for path in sorted(folder.glob(f"{glob.escape(name)}*"))]
+
+
+def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -> list[list[Step]]:
+    """Stages of steps; those of one stage are independent."""
+    data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test")}
+    data |= {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
+    bases, experts, scores = [], [], []
+    for seed in recipe.all_seeds:
+        base = Step("base", seed, fingerprint=_fingerprint(data, seed))
+        made = []
+        for task in tasks:
+            given = _identity(recipe.experts.get(task))
+            how = None if given else recipe.training.model_dump()
+            made.append(Step("expert", seed, task, fingerprint=_fingerprint(base.fingerprint, task, given, how)))
+        parents = [step.fingerprint for step in made]
+        for name, options in methods.items():
+            how = recipe.training.model_dump() if name == "joint" else None
+            scores.append(Step("score", seed, name, options, _fingerprint(parents, name, options, how)))
+        bases.append(base)
+        experts += made
+    return [bases, experts, scores]
+
+
+def write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _write_weights(path: Path, weights: dict[str, Any], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    from .checkpoint import tied
+
+    second = tied(weights)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    kept = {name: value.detach().cpu().contiguous() for name, value in weights.items() if name not in second}
+    save_file(kept, temporary, metadata=metadata | second)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _models(recipe: Recipe, steps: list[Step], seed: int, out: Path, device: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Setting, base model and experts' weights of a seed, read from finished steps."""
+    from .checkpoint import Checkpoint
+    from .settings import best_device, make_setting
+    from .train import load_weights
+
+    setting = make_setting(recipe, seed)
+    model = (
+        setting.make_base() if recipe.suite not in ("digits", "scripts", "images") else _shape(recipe, setting, seed)
+    )
+    mine = {
+        step.name: out / "steps" / step.file for step in steps if step.seed == seed and step.kind in ("base", "expert")
+    }
+    load_weights(model, Checkpoint(mine.pop("")))
+    experts = {task: dict(Checkpoint(path)) for task, path in mine.items()}
+    return setting, model.to(best_device(device)).eval(), experts
+
+
+def _shape(recipe: Recipe, setting: Any, seed: int) -> Any:
+    """An untrained model of the suite's architecture."""
+    if recipe.suite == "digits":
+        from .data.digits import digits_shape
+
+        return digits_shape(setting.suite)
+    from .nets.vision import image_shape
+
+    return image_shape(setting.suite)
+
+
+def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str, threads: int) -> tuple[Step, float]:
+    """Do one step and write its file. Runs in a worker process."""
+    import torch
+
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    recipe = Recipe.model_validate_json(recipe_text)
+    path = out / "steps" / step.file
+    if step.kind == "base":
+        from .settings import best_device, make_setting
+
+        setting = make_setting(recipe, step.seed)
+        _write_weights(path, setting.make_base().to(best_device(device)).state_dict(), {})
+    elif step.kind == "expert":
+        from .settings import given_expert
+
+        bases = [other for other in steps if other.kind == "base"]
+        setting, model, _ = _models(recipe, bases, step.seed, out, device)
+        if step.name in recipe.experts:
+            weights = given_expert(model, recipe.experts[step.name], step.name)
+        else:
+            weights = setting.make_expert(model, step.name, None).backbone.state_dict()
+        _write_weights(path, dict(weights), {})
+    else:
+        write_json(path, _compete(recipe, step, steps, out, device) | {"seconds": time.perf_counter() - start})
+    return step, time.perf_counter() - start
+
+
+def bench_of(recipe: Recipe, seed: int, steps: list[Step], out: Path, device: str) -> Any:
+    from .entrants import Bench
+
+    setting, model, experts = _models(recipe, steps, seed, out, device)
+    target = next(model.parameters()).device
+    placed = {task: {name: value.to(target) for name, value in weights.items()} for task, weights in experts.items()}
+    base = {name: value.detach().clone() for name, value in model.backbone.state_dict().items()}
+    joint: Callable[[], Any] = lambda: setting.make_joint(model, None).backbone.state_dict()  # noqa: E731
+    return Bench(setting.suite, model, base, placed, joint, seed), setting
+
+
+def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: str) -> dict[str, Any]:
+    """Enter one method: its scores on validation and test, what it stores, what it chose."""
+    import warnings
+
+    from .entrants import ENTRANTS
+    from .scoring import score
+
+    bench, _ = bench_of(recipe, step.seed, steps, out, device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        start = time.perf_counter()
+        outcome = ENTRANTS[step.name].enter(bench, **step.options)
+        weights = None if outcome.weights is None else dict(outcome.weights)
+        seconds = time.perf_counter() - start
+    model: Any = outcome.answer if weights is None else bench.with_weights(weights)
+    notes = [outcome.note, *{str(warning.message) for warning in caught if warning.category is UserWarning}]
+
+    def answer(inputs: Any, task: str) -> Any:
+        from .task import to_device
+
+        return model(to_device(inputs, bench.device), task)
+
+    result = {
+        "scores": score(answer, bench.suite, split="test"),
+        "validation": score(answer, bench.suite, split="validation"),
+        "bytes": int(outcome.bytes),
+        "merge_seconds": seconds,
+        "single": weights is not None,
+        "note": "; ".join(note for note in notes if note),
+        "coefficients": outcome.coefficients,
+    }
+    if step.name == "experts":
+        result |= _matrices(bench)
+    return result
+
+
+def _matrices(bench: Any) -> dict[str, Any]:
+    """Every expert on every task, and the cosines between task vectors."""
+    import torch
+
+    from .merging.engine import Aligned
+    from .scoring import score
+
+    cross = [
+        list(score(bench.with_weights(weights), bench.suite, split="test").values())
+        for weights in bench.experts.values()
+    ]
+    models = Aligned(bench.base, bench.experts)
+    gram = torch.zeros(len(bench.experts), len(bench.experts), dtype=torch.float64)
+    for name in models.float_names:
+        for _, deltas in models.deltas(name):
+            gram += (deltas @ deltas.T).cpu().double()
+    norm = gram.diagonal().clamp_min(1e-300).sqrt()
+    return {"cross": cross, "cosine": (gram / norm[:, None] / norm).tolist()}
