@@ -89,6 +89,11 @@ def test_the_linearised_model_is_affine_in_the_coefficients(toy):
     torch.testing.assert_close(origin, toy.model(inputs, "a").detach())
     combined = at(2 * first - 3 * second) - origin
     torch.testing.assert_close(combined, 2 * (at(first) - origin) - 3 * (at(second) - origin), rtol=1e-4, atol=1e-4)
+    little = 1e-3 * first
+    merged.set(little)
+    with torch.no_grad():
+        true = merged(inputs, "a") - origin
+    torch.testing.assert_close(at(little) - origin, true, rtol=0.02, atol=1e-5)  # tangent to the model at the base
     merge = atlas(toy.model, toy.base, toy.experts, toy.data, steps=20, lr=5e-2, linear=True)
     assert merge.history[-1] < merge.history[0]
 
