@@ -1,0 +1,1 @@
+"""Losses: classification, contrastive, preference; each usable in anybody's loop."""

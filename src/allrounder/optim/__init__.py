@@ -1,0 +1,1 @@
+"""Optimisers, aggregation of several tasks' gradients, training stability."""
