@@ -87,3 +87,55 @@ def test_weights_are_loaded_by_name_with_ties_and_checks():
         ar.load_weights(tied, weights | {"0.weight": torch.ones(2, 3)})
     with pytest.raises(ar.InputError, match="lack '0.bias'"):
         ar.load_weights(nn.Sequential(nn.Linear(3, 3)), {"0.weight": torch.ones(3, 3)})
+
+
+def test_every_task_each_step_is_the_sum_of_losses():
+    """`sampler="all"` against a step written by hand."""
+    tasks, trained = suite(), model()
+    wanted = copy.deepcopy(trained)
+    ar.fit(trained, tasks, steps=1, lr=0.1, batch_size=10_000, sampler="all")
+    optimiser = torch.optim.AdamW(wanted.parameters(), lr=0.1, weight_decay=0)
+    wanted.train()
+    total = sum(task.loss(wanted(task.train.inputs, name), task.train.targets) for name, task in tasks.items())
+    total.backward()
+    optimiser.step()
+    for one, other in zip(trained.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_an_update_sees_the_same_batches_again_and_its_parameters_are_trained():
+    seen = []
+
+    class Weighted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, losses, tasks):
+            first, second = losses(tasks), losses(tasks)
+            seen.append([first[name].item() == second[name].item() for name in tasks])
+            (self.weight * sum(first.values())).backward()
+            return first
+
+    update, groups = Weighted(), []
+
+    def optimiser(given):
+        groups.extend(given)
+        return torch.optim.SGD(given)
+
+    names = list(suite())
+    ar.fit(
+        model(), suite(), steps=3, lr=0.01, weight_decay=0.1,
+        optimiser=optimiser, sampler=[names, names[:1], names], update=update,
+    )  # fmt: skip
+    assert [len(row) for row in seen] == [len(names), 1, len(names)]
+    assert all(all(row) for row in seen)
+    assert update.weight.item() != 1
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_unknown_samplers_and_tasks_are_named():
+    with pytest.raises(ar.InputError, match="sampler is 'turn', 'all' or an iterable of lists of tasks, got 'both'"):
+        ar.fit(model(), suite(), steps=1, lr=0.1, sampler="both")
+    with pytest.raises(ar.InputError, match="has no task 'other'"):
+        ar.fit(model(), suite(), steps=1, lr=0.1, sampler=[["other"]])

@@ -68,9 +68,10 @@ def fit(
         parameters: what to train. Default: all that require gradients.
         optimiser: parameter groups -> optimiser; `lr` and `weight_decay` are in the groups. Default: AdamW.
         sampler: the tasks of each step: `turn` for one after the other, `all` for every task in every step, or an
-            iterable that yields a list of names for each step (`multitask.unmixed`).
-        update: how the step's losses become one gradient. Default: their sum. An update that is a module has its
-            own parameters trained beside the model's, without weight decay.
+            iterable that yields a list of names for each step (`data.unmixed`).
+        update: how the step's losses become one gradient. Default: the optimiser, if it is an update itself
+            (`multitask.MTAdamW`), otherwise their sum. An update that is a module has its own parameters trained
+            beside the model's, without weight decay.
         progress: called with (steps done, steps).
 
     Returns:
@@ -92,7 +93,7 @@ def fit(
         for i, (name, task) in enumerate(suite.items())
     }
     sampled = _sampled(sampler, list(suite))
-    combine = _sum if update is None else update
+    combine = update if update is not None else optim if callable(optim) else _sum
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
