@@ -50,7 +50,8 @@ class Bench:
         model: the base model with its heads, on the device to work on.
         base: the weights of its backbone.
         experts: task -> weights of that task's specialist.
-        joint: trains a copy of the model on all tasks together.
+        joint: trains a copy of the model on all tasks together; takes a function from that copy to further
+            arguments of `fit` (`sampler`, `update`, `optimiser`).
         seed: of everything random.
         progress: called with (steps done, steps).
     """
@@ -59,7 +60,7 @@ class Bench:
     model: MultiTaskModel
     base: Weights
     experts: Mapping[str, Weights]
-    joint: Callable[[], Weights]
+    joint: Callable[..., Weights]
     seed: int
     progress: Progress = None
 

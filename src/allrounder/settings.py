@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from .train import fit, load_weights
 __all__ = ["Setting", "make_setting"]
 
 Progress = Callable[[int, int], None] | None
+How = Callable[[MultiTaskModel], dict[str, Any]] | None
 
 
 @dataclass
@@ -31,14 +33,15 @@ class Setting:
         suite: the tasks.
         make_base: makes the base model, with heads that stay fixed.
         make_expert: (base, task) -> a fine-tuned copy.
-        make_joint: base -> a copy trained on all tasks, as long as all experts together.
+        make_joint: (base, progress, how) -> a copy trained on as many examples as all experts together. `how` takes
+            the copy and gives further arguments of `fit`: `sampler`, `update`, `optimiser`.
         files: the folder whose configuration and tokenizer belong to the base's weights, if it has one.
     """
 
     suite: Suite
     make_base: Callable[[], MultiTaskModel]
     make_expert: Callable[[MultiTaskModel, str, Progress], MultiTaskModel]
-    make_joint: Callable[[MultiTaskModel, Progress], MultiTaskModel]
+    make_joint: Callable[[MultiTaskModel, Progress, How], MultiTaskModel]
     files: Path | None = None
 
 
@@ -46,16 +49,28 @@ def _chosen(suite: Suite, recipe: Recipe) -> Suite:
     return suite if recipe.tasks is None else suite.only(recipe.tasks)
 
 
-def _train(
-    recipe: Recipe, suite: Suite, seed: int, base: MultiTaskModel, tasks: list[str], progress: Progress
+def _together(
+    base: MultiTaskModel, progress: Progress, how: How, *, suite: Suite, steps: int, **options: Any
 ) -> MultiTaskModel:
+    """Train a copy on all tasks of the suite. A step on all K tasks counts as K: the same number of examples."""
+    model = copy.deepcopy(base)
+    chosen = {} if how is None else how(model)
+    if chosen.get("sampler") == "all":
+        steps = math.ceil(steps / len(suite))
+    return fit(model, suite, steps=steps, progress=progress, **options, **chosen)  # type: ignore[return-value]
+
+
+def _train(
+    recipe: Recipe, suite: Suite, seed: int, base: MultiTaskModel, tasks: list[str], progress: Progress,
+    how: How = None,
+) -> MultiTaskModel:  # fmt: skip
     """Fine-tune as the recipe's `training` says: so many passes over these tasks' training splits."""
     training = recipe.training
     batches = sum(math.ceil(len(suite[task].train) / training.batch_size) for task in tasks)  # type: ignore[arg-type]
-    return fit(
-        copy.deepcopy(base), suite.only(tasks), steps=max(1, round(training.epochs * batches)), lr=training.lr,
-        batch_size=training.batch_size, weight_decay=training.weight_decay, seed=seed, progress=progress,
-    )  # type: ignore[return-value]  # fmt: skip
+    return _together(
+        base, progress, how, suite=suite.only(tasks), steps=max(1, round(training.epochs * batches)), lr=training.lr,
+        batch_size=training.batch_size, weight_decay=training.weight_decay, seed=seed,
+    )  # fmt: skip
 
 
 def _own(recipe: Recipe, seed: int) -> Setting:
@@ -67,15 +82,11 @@ def _own(recipe: Recipe, seed: int) -> Setting:
 
         suite = _chosen(digits(seed=seed), recipe)
 
-        def joint(base: MultiTaskModel, progress: Progress) -> MultiTaskModel:
-            steps = 120 * len(suite)
-            return fit(copy.deepcopy(base), suite, steps=steps, lr=3e-4, seed=seed, progress=progress)  # type: ignore[return-value]
-
         return Setting(
             suite,
             lambda: digits_base(suite, seed=seed),
             lambda base, task, progress: digits_expert(base, suite, task, seed=seed, progress=progress),
-            joint,
+            partial(_together, suite=suite, steps=120 * len(suite), lr=3e-4, seed=seed),
         )
     from .nets.vision import EXPERT_LR, EXPERT_STEPS, image_base, image_expert, script_base
 
@@ -98,15 +109,11 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         )
         make_base = partial(image_base, suite, seed=seed)
 
-    def image_joint(base: MultiTaskModel, progress: Progress) -> MultiTaskModel:
-        steps = EXPERT_STEPS * len(suite)
-        return fit(copy.deepcopy(base), suite, steps=steps, lr=EXPERT_LR, seed=seed, progress=progress)  # type: ignore[return-value]
-
     return Setting(
         suite,
         make_base,
         lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress),
-        image_joint,
+        partial(_together, suite=suite, steps=EXPERT_STEPS * len(suite), lr=EXPERT_LR, seed=seed),
     )
 
 
@@ -138,7 +145,7 @@ def _text(recipe: Recipe, seed: int) -> Setting:
         suite,
         base,
         lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
-        lambda model, progress: _train(recipe, suite, seed, model, list(suite), progress),
+        lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
         folder,
     )
 
@@ -163,7 +170,7 @@ def _clip(recipe: Recipe, seed: int) -> Setting:
         suite,
         base,
         lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
-        lambda model, progress: _train(recipe, suite, seed, model, list(suite), progress),
+        lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
         folder,
     )
 

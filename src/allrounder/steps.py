@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,10 @@ def bench_of(recipe: Recipe, seed: int, steps: list[Step], out: Path, device: st
     target = next(model.parameters()).device
     placed = {task: {name: value.to(target) for name, value in weights.items()} for task, weights in experts.items()}
     base = {name: value.detach().clone() for name, value in model.backbone.state_dict().items()}
-    joint: Callable[[], Any] = lambda: setting.make_joint(model, None).backbone.state_dict()  # noqa: E731
+
+    def joint(how: Any = None) -> Any:
+        return setting.make_joint(model, None, how).backbone.state_dict()
+
     return Bench(setting.suite, model, base, placed, joint, seed), setting
 
 
