@@ -35,6 +35,7 @@ bench: .venv/.ready .venv-peers/.ready
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet "torch==2.13.0"
 	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --no-deps "LibMTL==1.1.5"  # asks for torchvision, which its rules do not need
 	@touch $@
 
 # A claim that does not hold is a result (exit 1); a study that cannot run (exit 2) is a failure.

@@ -37,7 +37,8 @@ def finish(chosen: argparse.Namespace, title: str, tables: dict[str, list[dict[s
     for name, rows in tables.items():
         table = Table(*rows[0], title=name)
         for row in rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+            shown = ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+            table.add_row(*shown)
         console.print(table)
     for note in notes:
         console.print(note)

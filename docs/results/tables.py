@@ -2,8 +2,8 @@
 
     python docs/results/tables.py
 
-`run_*.json` are the reports of `allrounder run`, `study_*.json` come from `allrounder study --json`, and
-`bench_*.json` from the programs in `benchmarks/`.
+`run_*.json` are the reports of `allrounder run`, `real_*.json` come from the programs in `examples/`, `study_*.json` from
+`allrounder study --json`, and `bench_*.json` from the programs in `benchmarks/`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ def run_section(name: str, report: dict[str, Any]) -> str:
     )
 
 
+def real_section(name: str, found: dict[str, Any]) -> str:
+    """The tables of an example program."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    parts = [f"## {found['title']}", note(name)]
+    for title, rows in found["tables"].items():
+        parts += [f"*{title}*", table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])]
+    seeds = ", ".join(str(seed) for seed in found["seeds"])
+    ran = f"`{found['command']}`, seeds {seeds}; {found['seconds']:.0f} s. {versions(found['versions'])}."
+    return "\n\n".join([*parts, " ".join([*(f"{text.rstrip('.')}." for text in found["notes"]), ran])])
+
+
 def study_sections(found: dict[str, Any]) -> str:
     """One table a paper: each claim, its bound, what each seed measured."""
     parts = ["## Studies: the papers' claims, measured again", note("studies")]
@@ -103,6 +117,7 @@ def bench_sections(found: dict[str, Any]) -> str:
 def main() -> None:
     parts = ["# Results", note("head")]
     parts += [run_section(name, report) for name, report in load("run_*.json").items()]
+    parts += [real_section(name, found) for name, found in load("real_*.json").items()]
     parts.append(study_sections(load("study_*.json")))
     parts.append(bench_sections(load("bench_*.json")))
     text = "\n\n".join(part for part in parts if part)
