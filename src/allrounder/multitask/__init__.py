@@ -1,1 +1,19 @@
-"""Training one model on several tasks together."""
+"""Training one model on several tasks together.
+
+Ways to train any model: `MTAdamW` when each step sees one task. Models: `TargetLikelihood` (every task as a choice among
+targets), `AttributeLinear` (experts chosen by modality and role), `Controllable` (one network for every budget and
+preference), `TaskExpert` (maps of several dense tasks).
+"""
+
+from .attribute_experts import AttributeLinear, merge_experts
+from .controllable import Configuration, Controllable, hypervolume
+from .dense_heads import DensePredictor, SharedDecoder, tokens_to_map
+from .likelihood import TargetLikelihood, retrieval_loss
+from .mt_adamw import MTAdamW
+from .sandwich import Sandwich, invariance
+from .task_expert import TaskExpert
+
+__all__ = [
+    "AttributeLinear", "Configuration", "Controllable", "DensePredictor", "MTAdamW", "Sandwich", "SharedDecoder",
+    "TargetLikelihood", "TaskExpert", "hypervolume", "invariance", "merge_experts", "retrieval_loss", "tokens_to_map",
+]  # fmt: skip
