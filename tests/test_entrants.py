@@ -1,14 +1,17 @@
 """Every method that competes in `allrounder run` can enter, with what a method may use and nothing else."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 
+from allrounder.contest import Bench, stored_bytes
 from allrounder.data.digits import digits, digits_base, digits_expert
-from allrounder.entrants import ENTRANTS, Bench, stored_bytes
+from allrounder.entrants import ENTRANTS
 from allrounder.scoring import score
 from allrounder.task import Suite, Task
+from allrounder.train import fit
 
 QUICK = {"steps": 2, "examples": 8, "router_examples": 20, "scales": [0.2, 0.4], "at_least": 2}
 
@@ -33,7 +36,13 @@ def bench_of(parts):
     suite, model, experts = parts
     hidden = Suite([Task(n, t.train, t.validation, Untouchable(), outputs=10) for n, t in suite.items()])
     start = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    return Bench(hidden, model, start, dict(experts), lambda: start, seed=0)
+
+    def joint(how=None):
+        trained = copy.deepcopy(model)
+        options = {} if how is None else how(trained)
+        return fit(trained, hidden, steps=3, lr=1e-3, batch_size=16, seed=0, **options).backbone.state_dict()
+
+    return Bench(hidden, model, start, dict(experts), joint, seed=0)
 
 
 @pytest.mark.parametrize("name", list(ENTRANTS))

@@ -70,3 +70,25 @@ def test_missing_and_binary_files(tmp_path):
         load_recipe(tmp_path / "r.yaml")
     with pytest.raises(ar.InputError, match="not readable YAML"):
         load_recipe(tmp_path)
+
+
+def test_ways_of_training_together_stand_under_one_key(tmp_path):
+    for text in (
+        "methods: {average: {}, multitask: {mt-adamw: {temperature: 2}}}",
+        "methods:\n  average:\n  multitask:\n    mt-adamw:\n      temperature: 2",
+    ):
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert load_recipe(tmp_path / "recipe.yaml").methods == {
+            "average": {},
+            "multitask/mt-adamw": {"temperature": 2.0},
+        }
+    (tmp_path / "recipe.yaml").write_text("methods: {multitask: [mt-adamw]}")
+    assert load_recipe(tmp_path / "recipe.yaml").methods == {"multitask/mt-adamw": {}}
+    (tmp_path / "recipe.yaml").write_text("methods: {multitask: {mt-adam: {}}}")
+    with pytest.raises(
+        ar.InputError, match="methods.multitask/mt-adam: no such method; did you mean 'multitask/mt-adamw'"
+    ):
+        load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text("methods: {multitask: {mt-adamw: {temperature: -1}}}")
+    with pytest.raises(ar.InputError, match="methods.multitask/mt-adamw.temperature: .* greater than 0"):
+        load_recipe(tmp_path / "recipe.yaml")

@@ -1,121 +1,24 @@
-"""The methods that compete in `allrounder run`, each as a function of what a method may use.
-
-Rules of the contest: a method learns on the train splits, chooses on validation, and never sees test.
-"""
+"""The merging methods that compete in `allrounder run`, and the table of all that do."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from . import merging
-from .checkpoint import Weights, tied
+from .checkpoint import Weights
+from .contest import Bench, Count, Entrant, Outcome, Rate, Scale, Share, Steps, one_model, stored_bytes
+from .multitask_entrants import TOGETHER
 from .nets.multitask import MultiTaskModel
-from .saving import signature
-from .scoring import mean, score
-from .task import Batches, Suite
+from .task import Batches
 from .train import load_weights
 
-__all__ = ["ENTRANTS", "Bench", "Entrant", "Outcome", "stored_bytes"]
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Steps = Annotated[int, Field(ge=0, le=1_000_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Scale = Annotated[float, Field(ge=-10, le=10)]
-Progress = Callable[[int, int], None] | None
-
-
-def stored_bytes(weights: Weights) -> int:
-    """Bytes of the distinct tensors."""
-    second = tied(weights)
-    signatures = [signature(weights, name) for name in weights if name not in second]
-    return sum(dtype.itemsize * prod(shape) for dtype, shape in signatures)
-
-
-@dataclass
-class Bench:
-    """What a method may use.
-
-    Args:
-        suite: the tasks.
-        model: the base model with its heads, on the device to work on.
-        base: the weights of its backbone.
-        experts: task -> weights of that task's specialist.
-        joint: trains a copy of the model on all tasks together; takes a function from that copy to further
-            arguments of `fit` (`sampler`, `update`, `optimiser`).
-        seed: of everything random.
-        progress: called with (steps done, steps).
-    """
-
-    suite: Suite
-    model: MultiTaskModel
-    base: Weights
-    experts: Mapping[str, Weights]
-    joint: Callable[..., Weights]
-    seed: int
-    progress: Progress = None
-
-    def __post_init__(self) -> None:
-        self._work = copy.deepcopy(self.model)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def with_weights(self, weights: Weights) -> MultiTaskModel:
-        """A model with these backbone weights; the same object each time."""
-        load_weights(self._work.backbone, weights)
-        return self._work
-
-    def validation(self, weights: Weights, tasks: list[str] | None = None) -> float:
-        """Mean validation score over tasks."""
-        suite = self.suite if tasks is None else self.suite.only(tasks)
-        return mean(score(self.with_weights(weights), suite, split="validation"))
-
-    def train_batches(self, size: int) -> dict[str, Batches]:
-        """Shuffled training batches of each task."""
-        return {
-            name: Batches(task.train, size, seed=self.seed + i) for i, (name, task) in enumerate(self.suite.items())
-        }
-
-
-@dataclass
-class Outcome:
-    """What came out: weights for all tasks, or a way to answer each task.
-
-    Args:
-        weights: one set of backbone weights, when there is one.
-        answer: `(inputs, task) -> outputs`, when there is not.
-        bytes: what has to be stored to serve all tasks (heads not counted).
-        note: a setting that was chosen, in words.
-        coefficients: name -> K numbers, where they were learned.
-    """
-
-    weights: Weights | None = None
-    answer: Callable[[Any, str], Tensor] | None = None
-    bytes: int = 0
-    note: str = ""
-    coefficients: dict[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """One line of the contest."""
-
-    title: str
-    family: str
-    paper: str
-    enter: Callable[..., Outcome]
-
+__all__ = ["ENTRANTS"]
 
 ENTRANTS: dict[str, Entrant] = {}
 
@@ -128,12 +31,8 @@ def _entrant(name: str, title: str, family: str, paper: str = "") -> Callable:
     return keep
 
 
-def _one(bench: Bench, weights: Weights, note: str = "") -> Outcome:
-    return Outcome(weights=weights, bytes=stored_bytes(bench.base), note=note)
-
-
 def _learned(bench: Bench, merge: merging.Merge) -> Outcome:
-    outcome = _one(bench, merge)
+    outcome = one_model(bench, merge)
     rows = getattr(merge.rule, "coefficients", {})
     if isinstance(rows, dict):
         found = {name: [float(v) for v in row] for name, row in rows.items() if not isinstance(row, Tensor)}
@@ -144,7 +43,7 @@ def _learned(bench: Bench, merge: merging.Merge) -> Outcome:
 
 @_entrant("base", "Base, zero-shot", "reference")
 def _base(bench: Bench) -> Outcome:
-    return _one(bench, bench.base)
+    return one_model(bench, bench.base)
 
 
 @_entrant("experts", "Each task's own expert", "reference")
@@ -163,24 +62,24 @@ def _experts(bench: Bench) -> Outcome:
 
 @_entrant("joint", "Joint training on all tasks", "training")
 def _joint(bench: Bench) -> Outcome:
-    return _one(bench, bench.joint(), "one model trained on all tasks' data in turn")
+    return one_model(bench, bench.joint(), "one model trained on all tasks' data in turn")
 
 
 @_entrant("average", "Averaging", "data-free", "task-arithmetic-baselines")
 def _average(bench: Bench) -> Outcome:
-    return _one(bench, merging.average(bench.experts))
+    return one_model(bench, merging.average(bench.experts))
 
 
 @_entrant("task-arithmetic", "Task arithmetic", "data-free", "task-arithmetic-baselines")
 def _task_arithmetic(bench: Bench, *, scale: Scale = 0.3) -> Outcome:
-    return _one(bench, merging.task_arithmetic(bench.base, bench.experts, scale=scale), f"scale {scale:g}")
+    return one_model(bench, merging.task_arithmetic(bench.base, bench.experts, scale=scale), f"scale {scale:g}")
 
 
 def _search(bench: Bench, make: Callable[[float], Weights], scales: list[float]) -> Outcome:
     found = {scale: bench.validation(make(scale)) for scale in scales}
     best = max(found, key=lambda scale: found[scale])
     edge = ", at the edge of the grid" if best in (min(scales), max(scales)) else ""
-    return _one(bench, make(best), f"scale {best:g}, best of {len(scales)} on validation{edge}")
+    return one_model(bench, make(best), f"scale {best:g}, best of {len(scales)} on validation{edge}")
 
 
 Grid = Annotated[list[Scale], Field(min_length=1, max_length=100)]
@@ -202,7 +101,7 @@ def _ties(
     threshold: Literal["global", "tensor"] = "global",
 ) -> Outcome:
     merge = merging.ties(bench.base, bench.experts, density=density, scale=scale, combine=combine, threshold=threshold)
-    return _one(bench, merge, f"density {density:g}, {combine}, scale {scale:g}")
+    return one_model(bench, merge, f"density {density:g}, {combine}, scale {scale:g}")
 
 
 @_entrant("dare", "DARE", "data-free", "task-arithmetic-baselines")
@@ -210,7 +109,7 @@ def _dare(
     bench: Bench, *, drop: Annotated[float, Field(ge=0, lt=1)] = 0.5, scale: Scale = 0.3, elect: bool = False
 ) -> Outcome:
     merge = merging.dare(bench.base, bench.experts, drop=drop, scale=scale, elect=elect, seed=bench.seed)
-    return _one(bench, merge, f"drop {drop:g}, scale {scale:g}")
+    return one_model(bench, merge, f"drop {drop:g}, scale {scale:g}")
 
 
 @_entrant("breadcrumbs", "Breadcrumbs", "data-free", "task-arithmetic-baselines")
@@ -218,12 +117,12 @@ def _breadcrumbs(
     bench: Bench, *, density: Share = 0.9, top: Annotated[float, Field(ge=0, lt=1)] = 0.01, scale: Scale = 0.3
 ) -> Outcome:
     merge = merging.breadcrumbs(bench.base, bench.experts, density=density, top=top, scale=scale)
-    return _one(bench, merge, f"density {density:g}, scale {scale:g}")
+    return one_model(bench, merge, f"density {density:g}, scale {scale:g}")
 
 
 @_entrant("slerp", "Spherical average", "data-free", "self-positioning")
 def _slerp(bench: Bench, *, scale: Scale = 1.0) -> Outcome:
-    return _one(bench, merging.slerp(bench.base, bench.experts, scale=scale), f"scale {scale:g}")
+    return one_model(bench, merging.slerp(bench.base, bench.experts, scale=scale), f"scale {scale:g}")
 
 
 def _full_expert(bench: Bench, task: str) -> MultiTaskModel:
@@ -242,7 +141,7 @@ def _fisher(bench: Bench, *, examples: Count = 64, labels: Literal["exact", "sam
         )
         if bench.progress:
             bench.progress(i + 1, len(bench.suite))
-    return _one(
+    return one_model(
         bench, merging.fisher(bench.base, bench.experts, information), f"{examples} examples a task, {labels} labels"
     )
 
@@ -258,7 +157,7 @@ def _regmean(
         if bench.progress:
             bench.progress(i + 1, len(bench.suite))
     merge = merging.regmean(bench.experts, grams, off_diagonal=off_diagonal)
-    return _one(bench, merge, f"{examples} inputs a task, off-diagonal {off_diagonal:g}")
+    return one_model(bench, merge, f"{examples} inputs a task, off-diagonal {off_diagonal:g}")
 
 
 def _adamerging(bench: Bench, steps: int, lr: float, batch_size: int, **options: Any) -> Outcome:
@@ -357,3 +256,6 @@ def _twin_merging(
         examples=router_examples, steps=steps, seed=bench.seed, progress=bench.progress,
     )  # fmt: skip
     return Outcome(answer=lambda inputs, task: twin(inputs, task), bytes=twin.nbytes, note=f"rank ratio {rank_ratio:g}")
+
+
+ENTRANTS |= TOGETHER

@@ -50,7 +50,9 @@ class Recipe(_Strict):
         train, validation, test: most examples a task in each split.
         training: how missing experts are fine-tuned (`text` and hub suites).
         seed, seeds: the first seed and how many there are.
-        methods: name -> options; a list of names for their defaults. Default: all.
+        methods: name -> options; a list of names for their defaults. `multitask` holds ways of training on all tasks
+            together, likewise: `multitask: {pcgrad: {}}` is `multitask/pcgrad: {}`. Default: all merging methods and
+            joint training.
     """
 
     title: str = "Specialists and one model"
@@ -78,6 +80,22 @@ def _place(error: ValidationError, known: list[str]) -> str:
     if first["type"] == "extra_forbidden":
         return f"{place}: no such key; {nearest(str(first['loc'][-1]), known)}"
     return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _methods(given: Any) -> Any:
+    """Lists of names become mappings, and what `multitask` holds gets its name in front."""
+    if isinstance(given, list):
+        given = {str(name): {} for name in given}
+    if not isinstance(given, dict):
+        return given
+    found = {}
+    for name, options in given.items():
+        inner = _methods(options) if name == "multitask" else None
+        if isinstance(inner, dict):
+            found |= {f"multitask/{key}": value for key, value in inner.items()}
+        else:
+            found[name] = {} if options is None else options
+    return found
 
 
 def _check_methods(recipe: Recipe, where: str) -> None:
@@ -126,11 +144,8 @@ def load_recipe(path: str | Path | None = None, **changes: Any) -> Recipe:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"{where} must be a mapping of keys, got {type(content).__name__}")
-    methods = content.get("methods")
-    if isinstance(methods, list):
-        content["methods"] = {str(name): {} for name in methods}
-    elif isinstance(methods, dict):
-        content["methods"] = {name: {} if options is None else options for name, options in methods.items()}
+    if "methods" in content:
+        content["methods"] = _methods(content["methods"])
     try:
         recipe = Recipe.model_validate(content | {key: value for key, value in changes.items() if value is not None})
     except ValidationError as error:

@@ -132,7 +132,7 @@ def _run(
     tasks = list(suite)
     metric = getattr(next(iter(suite.values())).metric, "__name__", "score").replace("_", " ")
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    asked = recipe.methods or {name: {} for name in ENTRANTS}
+    asked = recipe.methods or {name: {} for name, entrant in ENTRANTS.items() if entrant.default}
     methods = {name: {} for name in ("base", "experts") if name not in asked} | asked
     stages = plan(recipe, tasks, methods)
     steps = [step for stage in stages for step in stage]

@@ -166,7 +166,7 @@ def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str
 
 
 def bench_of(recipe: Recipe, seed: int, steps: list[Step], out: Path, device: str) -> Any:
-    from .entrants import Bench
+    from .contest import Bench
 
     setting, model, experts = _models(recipe, steps, seed, out, device)
     target = next(model.parameters()).device

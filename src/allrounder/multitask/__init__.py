@@ -1,8 +1,8 @@
 """Training one model on several tasks together.
 
-Ways to train any model: `MTAdamW` when each step sees one task. Models: `TargetLikelihood` (every task as a choice among
-targets), `AttributeLinear` (experts chosen by modality and role), `Controllable` (one network for every budget and
-preference), `TaskExpert` (maps of several dense tasks).
+Ways to train any model: `MTAdamW` when each step sees one task. Models: `TargetLikelihood` (every task as a choice
+among targets), `AttributeLinear` (experts chosen by modality and role), `Controllable` (one network for every budget
+and preference), `TaskExpert` (maps of several dense tasks).
 """
 
 from .attribute_experts import AttributeLinear, merge_experts
