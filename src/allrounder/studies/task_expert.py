@@ -36,7 +36,7 @@ WEIGHTS = {"segmentation": 1.0, "depth": 1.0, "normals": 10.0, "edges": 50.0}
 LOSSES = {"segmentation": segmentation_loss, "depth": depth_loss, "normals": normal_loss, "edges": edge_loss}
 CHANNELS = (3, 16, 16, 24, 24)
 WIDTH, EXPERTS, BATCH, LR = 16, 3, 16, 3e-3
-STEPS = {"smoke": 120, "laptop": 400, "full": 6000}
+STEPS = {"smoke": 120, "laptop": 600, "full": 6000}
 TRAIN, TEST = 1500, 500
 MIOU, F1 = "segmentation, mIoU %", "edges, F1 %"
 
