@@ -1,0 +1,243 @@
+"""SAM-MTL: its perturbations, its two parts, and that it leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from allrounder import Examples, InputError, Suite, Task, fit, score
+from allrounder.multitask.sam_mtl import SAMMTL, sharpness
+from allrounder.nets import MultiTaskModel
+from allrounder.optim.aggregation import Aggregate, combine, make_rule
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+Y = {task: torch.randint(3, (12,), generator=torch.Generator().manual_seed(i)) for i, task in enumerate("abc")}
+
+
+def network(*middle, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        trunk = nn.Sequential(nn.Linear(4, 8), *middle, nn.Tanh())
+        return MultiTaskModel(trunk, {task: nn.Linear(8, 3) for task in "abc"}).train()
+
+
+def losses_of(model):
+    def losses(tasks):
+        return {task: nn.functional.cross_entropy(model(X, task), Y[task]) for task in tasks}
+
+    return losses
+
+
+def grads(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def same(one, other, **options):
+    for a, b in zip(one, other, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **options)
+
+
+def test_without_a_radius_it_is_the_rule():
+    model = network()
+    Aggregate(model, "cagrad")(losses_of(model), ["a", "b", "c"])
+    wanted = grads(model)
+    SAMMTL(model, "cagrad", radius=0.0)(losses_of(model), ["a", "b", "c"])
+    same(grads(model), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum"])
+def test_for_a_linear_rule_both_variants_agree(rule):
+    model = network()
+    SAMMTL(model, rule, radius=0.3)(losses_of(model), ["a", "b"])
+    wanted = grads(model)
+    SAMMTL(model, rule, radius=0.3, variant="direct")(losses_of(model), ["a", "b"])
+    same(grads(model), wanted, rtol=1e-4, atol=1e-6)
+    SAMMTL(model, rule, radius=0.0)(losses_of(model), ["a", "b"])
+    assert not torch.allclose(wanted[0], grads(model)[0], atol=1e-3)
+
+
+def test_on_a_quadratic_the_flat_part_is_known():
+    """L = w^T H w / 2: g = H w, h = radius H^2 w / |H w|."""
+    w = nn.Module()
+    w.point = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    curvature = torch.tensor([10.0, 1.0], dtype=torch.float64)
+
+    def losses(tasks):
+        return {task: 0.5 * (curvature * w.point**2).sum() for task in tasks}
+
+    update = SAMMTL(w, "sum", radius=0.1)
+    update(losses, ["a", "b"])
+    h = torch.tensor([0.99504, 0.00995], dtype=torch.float64)
+    torch.testing.assert_close(
+        w.point.grad, 2 * (torch.tensor([10.0, 1.0], dtype=torch.float64) + h), rtol=1e-6, atol=1e-5
+    )
+    torch.testing.assert_close(update.last_flat.gramian, (h @ h).expand(2, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_numbers_of_the_card_for_decomposed_and_direct():
+    """J_g = [[1, 0], [-.5, 1]], J_h = [[0, 1], [0, 1]], PCGrad (sum)."""
+    rule = make_rule("pcgrad")
+    loss = {"a": torch.ones(()), "b": torch.ones(())}
+
+    def d(rows):
+        found, _ = combine(rule, {t: [torch.tensor(r)] for t, r in zip("ab", rows, strict=True)}, [0], loss)
+        return found[0]
+
+    decomposed = d([[1.0, 0.0], [-0.5, 1.0]]) + d([[0.0, 1.0], [0.0, 1.0]])
+    assert decomposed.tolist() == pytest.approx([0.8, 3.4])
+    assert d([[1.0, 1.0], [-0.5, 2.0]]).tolist() == pytest.approx([0.5, 3.0])
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("variant", ["decomposed", "direct"])
+def test_a_step_equals_the_papers_algorithm_by_hand(adaptive, variant):
+    model, other = network(), network()
+    SAMMTL(model, "pcgrad", radius=0.2, adaptive=adaptive, variant=variant, seed=3)(losses_of(model), ["a", "b", "c"])
+    trunk, g, h, own = list(other.backbone.parameters()), {}, {}, {}
+    loss = {}
+    for task in "abc":
+        mine = list(other.heads[task].parameters())
+        loss[task] = losses_of(other)([task])[task]
+        both = torch.autograd.grad(loss[task], [*trunk, *mine])
+        g[task] = list(both[:2])
+        kept = copy.deepcopy(other.state_dict())
+        with torch.no_grad():
+            for group, gradients in ((trunk, both[:2]), (mine, both[2:])):
+                sizes = [p.abs() if adaptive else torch.ones_like(p) for p in group]
+                norm = torch.cat([(t * u).flatten() for t, u in zip(sizes, gradients, strict=True)]).norm()
+                for p, t, u in zip(group, sizes, gradients, strict=True):
+                    p.add_(0.2 * t**2 * u / norm)
+        sharp = torch.autograd.grad(losses_of(other)([task])[task], [*trunk, *mine])
+        other.load_state_dict(kept)
+        h[task] = [s - b if variant == "decomposed" else s for s, b in zip(sharp[:2], both[:2], strict=True)]
+        own[task] = sharp[2:]
+    flat = combine(make_rule("pcgrad", seed=3), h, [0, 1], loss)[0]
+    if variant == "decomposed":
+        flat = [a + b for a, b in zip(combine(make_rule("pcgrad", seed=3), g, [0, 1], loss)[0], flat, strict=True)]
+    same([p.grad for p in model.backbone.parameters()], flat, rtol=1e-4, atol=1e-6)
+    for task in "abc":
+        same([p.grad for p in model.heads[task].parameters()], own[task], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_are_as_they_were_and_statistics_move_once():
+    model = network(nn.BatchNorm1d(8))
+    before = copy.deepcopy(model.state_dict())
+    once = network(nn.BatchNorm1d(8))
+    losses_of(once)(["a", "b"])
+    update = SAMMTL(model, "cagrad", radius=0.5)
+    update(losses_of(model), ["a", "b"])
+    for name, value in model.state_dict().items():
+        wanted = once.state_dict()[name] if "running" in name or "tracked" in name else before[name]
+        assert torch.equal(value, wanted), name
+
+
+def test_dropout_masks_are_the_same_in_both_passes():
+    """With a radius of next to nothing, h is next to nothing only if the masks agree."""
+    model = network(nn.Dropout(0.5))
+    update = SAMMTL(model, "mean", radius=1e-4)
+    for _ in range(2):
+        found = update(losses_of(model), ["a", "b", "c"])
+        assert len(found) == 3
+        flat = update.last_flat.gramian.diagonal().sqrt()
+        assert (flat < 1e-2 * update.last.gramian.diagonal().sqrt()).all()
+    state = torch.get_rng_state()
+    update(losses_of(model), ["a"])
+    assert not torch.equal(state, torch.get_rng_state())  # the next step draws other masks
+
+
+def test_adaptive_perturbations_ignore_the_scale_of_a_layer():
+    """Two layers whose product is fixed: scaling one up and the other down changes no eps relative to its weight."""
+
+    class Product(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.u, self.v = nn.Parameter(torch.tensor([2.0 * scale])), nn.Parameter(torch.tensor([3.0 / scale]))
+
+    found = []
+    for scale in (1.0, 10.0):
+        model = Product(scale)
+        update = SAMMTL(model, "sum", radius=0.1, adaptive=True)
+        losses = lambda tasks, m=model: {t: (m.u * m.v - 1).square().sum() for t in tasks}  # noqa: E731
+        update(losses, ["a", "b"])
+        found.append([(model.u.grad * model.u).item(), (model.v.grad * model.v).item()])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_task_without_gradient_is_left_out():
+    model = network()
+    base = losses_of(model)
+
+    def losses(tasks):
+        return {task: value * (0.0 if task == "b" else 1.0) for task, value in base(tasks).items()}
+
+    update = SAMMTL(model, "imtl-g", radius=0.1)
+    update(losses, ["a", "b", "c"])
+    assert update.last.weights[1] == update.last_flat.weights[1] == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_it_trains_flatter_than_its_rule():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20, generator=generator)  # enough inputs to memorise noisy labels
+
+    def task(name, column):
+        y = (x[:, column] > 0).long()
+        y[torch.rand(60, generator=generator) < 0.3] ^= 1
+        return Task(name, *[Examples(x, y)] * 3, outputs=2)
+
+    suite, rises = Suite([task("a", 0), task("b", 1)]), {}
+    for radius in (0.0, 0.3):
+        torch.manual_seed(0)
+        model = MultiTaskModel(
+            nn.Sequential(nn.Linear(20, 32), nn.ReLU()), {"a": nn.Linear(32, 2), "b": nn.Linear(32, 2)}
+        )
+        update = SAMMTL(model, "pcgrad", radius=radius)
+        fit(model, suite, steps=300, lr=1e-2, batch_size=60, sampler="all", update=update)
+        assert min(score(model, suite, split="train").values()) > 0.7
+
+        def losses(tasks, model=model):
+            return {t: suite[t].loss(model(x, t), suite[t].train.targets) for t in tasks}
+
+        before = copy.deepcopy(model.state_dict())
+        rises[radius] = sharpness(model, losses, ["a", "b"], radius=0.1)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert sum(rises[0.3].values()) < 0.8 * sum(rises[0.0].values())
+    assert all(rise > 0 for rise in rises[0.0].values())
+
+
+def test_state_of_both_rules_is_kept():
+    model = network()
+    one, other = SAMMTL(model, "pcgrad", seed=1), SAMMTL(model, "pcgrad", seed=2)
+    one(losses_of(model), ["a", "b", "c"])
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    one(losses_of(model), ["a", "b", "c"])
+    wanted = grads(model)
+    other(losses_of(model), ["a", "b", "c"])
+    same(grads(model), wanted, rtol=0, atol=0)
+    learned = SAMMTL(model, "uncertainty", tasks=["a", "b"])
+    assert {name for name, _ in learned.named_parameters()} == {"rule.log_variance", "flat_rule.log_variance"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: SAMMTL(m, radius=-0.1), "the radius is finite and at least 0, got -0.1"),
+        (lambda m: SAMMTL(m, variant="both"), "variant is 'decomposed' or 'direct', got 'both'"),
+        (lambda m: SAMMTL(m, "pcgrd"), "a rule is one of"),
+        (lambda m: SAMMTL(m)(losses_of(m), []), "tasks with different names"),
+        (lambda m: sharpness(m, losses_of(m), ["a"], radius=0), "the radius is above 0, got 0"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(InputError, match=message):
+        call(network())
+
+
+def test_an_adaptive_radius_without_adaptive_is_warned_of():
+    with pytest.warns(
+        UserWarning, match=r"a plain radius of 2 is \d+% of the weights' norm; did you mean adaptive=True"
+    ):
+        SAMMTL(network(), radius=2.0)
