@@ -1,6 +1,7 @@
 """Training one model on several tasks together.
 
-Ways to train any model: `MTAdamW` when each step sees one task. Models: `TargetLikelihood` (every task as a choice
+Ways to train any model: `MTAdamW` when each step sees one task, `SAMMTL` for flat regions (the rules that combine
+gradients are in `allrounder.optim`). Models: `TargetLikelihood` (every task as a choice
 among targets), `AttributeLinear` (experts chosen by modality and role), `Controllable` (one network for every budget
 and preference), `TaskExpert` (maps of several dense tasks).
 """
@@ -10,10 +11,12 @@ from .controllable import Configuration, Controllable, hypervolume
 from .dense_heads import DensePredictor, SharedDecoder, tokens_to_map
 from .likelihood import TargetLikelihood, retrieval_loss
 from .mt_adamw import MTAdamW
+from .sam_mtl import SAMMTL, sharpness
 from .sandwich import Sandwich, invariance
 from .task_expert import TaskExpert
 
 __all__ = [
-    "AttributeLinear", "Configuration", "Controllable", "DensePredictor", "MTAdamW", "Sandwich", "SharedDecoder",
-    "TargetLikelihood", "TaskExpert", "hypervolume", "invariance", "merge_experts", "retrieval_loss", "tokens_to_map",
+    "SAMMTL", "AttributeLinear", "Configuration", "Controllable", "DensePredictor", "MTAdamW", "Sandwich",
+    "SharedDecoder", "TargetLikelihood", "TaskExpert", "hypervolume", "invariance", "merge_experts", "retrieval_loss",
+    "sharpness", "tokens_to_map",
 ]  # fmt: skip

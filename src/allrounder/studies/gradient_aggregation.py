@@ -1,0 +1,84 @@
+"""Rules that combine gradients, where one task is a hundred times as steep as the other.
+
+`L_k = c_k / 2 |A_k (w - a_k)|^2` in the plane with curvatures (100, 1), minima at (-1, 0) and (1, 0) and a slant, so
+that the two tasks disagree everywhere but on the Pareto set. From five starts a draw each rule walks 400 normalised,
+shrinking steps. A point is Pareto stationary when some convex combination of the unit gradients vanishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from ..optim.aggregation import Aggregate
+from ..study import Claim, Finding, Scale, draws
+from ..train import Losses
+
+__all__ = ["run"]
+
+CURVATURES = (100.0, 1.0)
+CENTRES = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+SLANTS = torch.tensor([[[1.0, 0.3], [0.0, 0.6]], [[0.7, -0.3], [0.0, 1.0]]])
+TASKS = ("steep", "flat")
+STEPS, LENGTH = 400, 0.1
+REACH = ("mgda", "imtl-g", "nash")
+RULES = ("sum", *REACH, "pcgrad", "cagrad", "aligned", "upgrad", "uncertainty", "gradnorm")
+
+
+def _losses(w: Tensor) -> Losses:
+    def losses(tasks: Sequence[str]) -> dict[str, Tensor]:
+        places = [TASKS.index(task) for task in tasks]
+        return {
+            TASKS[k]: CURVATURES[k] / 2 * (SLANTS[k] @ (w - CENTRES[k])).square().sum() for k in places
+        }  # fmt: skip
+
+    return losses
+
+
+def _stationary(w: Tensor) -> float:
+    """Length of the shortest convex combination of the unit gradients, 0 on the Pareto set."""
+    found = _losses(w)(TASKS)
+    rows = torch.stack([torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in found.values()])
+    lengths = rows.norm(dim=1)
+    if (lengths < 1e-6).any():
+        return 0.0
+    a, b = rows / lengths[:, None]
+    t = ((b - a) @ b / (b - a).square().sum().clamp_min(1e-12)).clamp(0, 1)
+    return (t * a + (1 - t) * b).norm().item()
+
+
+def _end(rule: str, start: Tensor) -> float:
+    """How far from Pareto stationary a walk ends."""
+    w = nn.Parameter(start.clone())
+    update = Aggregate([w], rule, tasks=TASKS, **({"max_norm": 0.0} if rule == "nash" else {}))
+    learned = torch.optim.Adam(update.parameters(), lr=0.02) if list(update.parameters()) else None
+    for step in range(STEPS):
+        update(_losses(w), TASKS)
+        if learned is not None:
+            learned.step()
+        with torch.no_grad():
+            length = LENGTH * (1 - step / STEPS)
+            w -= length * w.grad / w.grad.norm().clamp_min(1e-9)  # type: ignore[operator, union-attr]
+    return _stationary(w)
+
+
+def run(scale: Scale, seed: int) -> Finding:
+    """Ends of the walks, over all starts."""
+    starts = [
+        4 * torch.rand(2, generator=torch.Generator().manual_seed(5 * draw + i)) - 2
+        for draw in draws(scale, seed)
+        for i in range(3 if scale == "smoke" else 5)
+    ]
+    found = {
+        rule: [_end(rule, start) for start in starts] for rule in RULES if scale != "smoke" or rule in ("sum", *REACH)
+    }
+    claims = [Claim.at_least("sum: worst end, distance from Pareto stationary", max(found["sum"]), 0.1, "")]
+    claims += [
+        Claim.at_most(f"{rule}: worst end, distance from Pareto stationary", max(found[rule]), 1e-3, "")
+        for rule in REACH
+    ]
+    rows = [{"rule": r, "mean": round(fmean(ends), 5), "worst": round(max(ends), 5)} for r, ends in found.items()]
+    return Finding(claims, {"distance from Pareto stationary": rows})
