@@ -172,6 +172,29 @@ def test_random_orders_follow_the_seed_and_nothing_global():
     assert torch.equal(apply(one, jacobian)[0], apply(rule_of("pcgrad", 6, seed=1), jacobian)[0])
 
 
+def test_pcgrad_is_the_papers_surgery_on_whole_gradients():
+    jacobian = jacobians(6, 5, 3)
+    generator = torch.Generator().manual_seed(4)
+    changed = jacobian.clone()
+    for i in range(6):
+        for j in torch.randperm(6, generator=generator).tolist():
+            if j != i and (product := changed[i] @ jacobian[j]) < 0:
+                changed[i] -= product / (jacobian[j] @ jacobian[j]) * jacobian[j]
+    torch.testing.assert_close(apply(rule_of("pcgrad", 6, seed=4), jacobian)[0], changed.sum(0))
+
+
+def test_own_parameters_are_weighted_by_gradnorm():
+    net, by_hand = Net(), Net()
+    update = Aggregate(net, "gradnorm", tasks=["a", "b"])
+    with torch.no_grad():
+        update.rule.scores.copy_(torch.tensor([1.0, 0.0]))
+    update(net.losses, ["a", "b"])
+    loss = by_hand.losses(["a", "b"])["b"]
+    (wanted,) = torch.autograd.grad(loss, [by_hand.heads["b"].weight])
+    weight = 2 * torch.tensor([1.0, 0.0]).softmax(0)[1]
+    torch.testing.assert_close(net.heads["b"].weight.grad, weight * wanted)
+
+
 def test_dwa_follows_the_epochs():
     rule = DWA(["a", "b"], epoch=2)
     seen = []

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..train import Losses
-from .gradient_rules import MGDA, CAGrad, GradDrop, NashMTL, Rule, torchjd_rule
+from .gradient_rules import MGDA, CAGrad, GradDrop, NashMTL, PCGrad, Rule, torchjd_rule
 from .loss_weights import DWA, Constant, GradNorm, RandomWeights, Uncertainty, known
 
 __all__ = ["RULES", "Aggregate", "Aggregated", "Gradients", "combine", "delta_m", "make_rule", "task_gradients"]
@@ -40,7 +40,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "uncertainty": Uncertainty,
     "gradnorm": GradNorm,
     "mgda": MGDA,
-    "pcgrad": torchjd_rule("PCGradWeighting"),
+    "pcgrad": PCGrad,
     "gradvac": torchjd_rule("GradVacWeighting"),
     "cagrad": CAGrad,
     "imtl-g": torchjd_rule("IMTLGWeighting"),

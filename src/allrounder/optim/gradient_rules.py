@@ -13,10 +13,10 @@ A rule gives weights w, and the step's gradient is `d = w^T J`:
     upgrad    gradients projected on the cone that hurts no task, averaged (2024, arXiv 2406.16232)
     graddrop  entry by entry one sign is kept; needs J itself              (2020, arXiv 2010.06808)
 
-torchjd computes all but three. Its CAGrad and Nash-MTL need cvxpy, and its MGDA stops Frank-Wolfe a thousandth short of
-the minimum. MGDA and CAGrad are minimised here by scipy's SLSQP; Nash-MTL by damped Newton steps on
-`w^T G w / 2 - sum log w`, which is self-concordant, so that they converge for any G whose tasks can all be improved at
-once.
+torchjd computes all but four. Its CAGrad and Nash-MTL need cvxpy, its MGDA stops Frank-Wolfe a thousandth short of the
+minimum, and its PCGrad takes 40 ms at 40 tasks. MGDA and CAGrad are minimised here by scipy's SLSQP; Nash-MTL by damped
+Newton steps on `w^T G w / 2 - sum log w`, which is self-concordant, so that they converge for any G whose tasks can all
+be improved at once.
 
 Pure functions take G and give w; scale it as the paper does. Rules are modules with `needs`, state, `reset` and a state
 dict. Only tasks with a gradient take part: means are over them, the others get the weight 0.
@@ -33,7 +33,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-__all__ = ["MGDA", "CAGrad", "GradDrop", "NashMTL", "Need", "Rule", "TorchJD", "cagrad", "mgda", "nash_mtl"]
+__all__ = [
+    "MGDA", "CAGrad", "GradDrop", "NashMTL", "Need", "PCGrad", "Rule", "TorchJD", "cagrad", "mgda", "nash_mtl",
+    "pcgrad",
+]  # fmt: skip
 
 Need = Literal["losses", "gramian", "jacobian"]
 
@@ -220,6 +223,34 @@ class CAGrad(Rule):
     def forward(self, gramian: Tensor | None, losses: Tensor, tasks: Sequence[str]) -> Tensor:
         assert gramian is not None
         return cagrad(gramian, c=self.c, rescale=self.scale)
+
+
+def pcgrad(gramian: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights of PCGrad: their gradients are those of all tasks after the surgery, summed.
+
+    Args:
+        gramian: `(K, K)` of non-zero gradients.
+        generator: of the order in which each task visits the others.
+    """
+    g = gramian.detach().cpu().double().numpy()
+    total = torch.zeros(len(g), dtype=torch.float64)
+    for i in range(len(g)):
+        kept = torch.zeros(len(g), dtype=torch.float64)
+        kept[i] = 1.0
+        row = kept.numpy()
+        for j in torch.randperm(len(g), generator=generator).tolist():
+            if j != i and (product := g[j] @ row) < 0:
+                row[j] -= product / g[j, j]
+        total += kept
+    return total.to(gramian)
+
+
+class PCGrad(Rule):
+    """`pcgrad` as a rule."""
+
+    def forward(self, gramian: Tensor | None, losses: Tensor, tasks: Sequence[str]) -> Tensor:
+        assert gramian is not None
+        return pcgrad(gramian, self.generator)
 
 
 class MGDA(Rule):
