@@ -1,5 +1,24 @@
-"""Losses that work in anybody's loop: preference losses and their logic, maps of dense tasks."""
+"""Losses that work in anybody's loop: classification, contrastive and preference losses, maps of dense tasks."""
 
+from .adversarial import Perturbation, adversarial_comp_sum, attack, pgd_loss, robust_accuracy, trades_loss
+from .comp_sum import CompSumLoss, comp_sum, truncated_gce
+from .consistency import (
+    best_conditional_risk,
+    conditional_risk,
+    error_bound,
+    error_transform,
+    minimisability_gap,
+    simple_error_bound,
+)
+from .contrastive import ContrastiveLoss, MemoryBank, contrastive_loss, simple_contrastive_loss
+from .contrastive_meters import (
+    Tolerance,
+    align_uniform_loss,
+    penalty_entropy,
+    relative_penalty,
+    tolerance,
+    uniformity,
+)
 from .dense import (
     angular_error,
     depth_loss,
@@ -34,9 +53,13 @@ from .preference_logic import STRUCTURES, Structure, add_reference, compile_loss
 from .trl_adapter import preference_trainer
 
 __all__ = [
-    "STRUCTURES", "PreferenceLoss", "Structure", "add_reference", "angular_error", "ccpo", "compile_loss", "cpo",
+    "STRUCTURES", "CompSumLoss", "ContrastiveLoss", "MemoryBank", "Perturbation", "PreferenceLoss", "Structure",
+    "Tolerance", "add_reference", "adversarial_comp_sum", "align_uniform_loss", "angular_error", "attack",
+    "best_conditional_risk", "ccpo", "comp_sum", "compile_loss", "conditional_risk", "contrastive_loss", "cpo",
     "cunl", "decompile", "depth_loss", "dpo", "dpo_hinge", "dpo_robust", "dpop", "edge_f1", "edge_loss", "entails",
-    "ipo", "lattice", "lattice_svg", "log1mexp", "mean_iou", "normal_loss", "orpo", "preference_trainer", "rmse",
-    "rrhf", "segmentation_loss", "sequence_log_probs", "simpo", "slic", "uncpo", "unlikelihood",
-    "weighted_model_count",
+    "error_bound", "error_transform", "ipo", "lattice", "lattice_svg", "log1mexp", "mean_iou", "minimisability_gap",
+    "normal_loss", "orpo", "penalty_entropy", "pgd_loss", "preference_trainer", "relative_penalty", "rmse",
+    "robust_accuracy", "rrhf", "segmentation_loss", "sequence_log_probs", "simple_contrastive_loss",
+    "simple_error_bound", "simpo", "slic", "tolerance", "trades_loss", "truncated_gce", "uncpo", "uniformity",
+    "unlikelihood", "weighted_model_count",
 ]  # fmt: skip
