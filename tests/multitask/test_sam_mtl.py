@@ -9,7 +9,7 @@ from torch import nn
 from allrounder import Examples, InputError, Suite, Task, fit, score
 from allrounder.multitask.sam_mtl import SAMMTL, sharpness
 from allrounder.nets import MultiTaskModel
-from allrounder.optim.aggregation import Aggregate, combine, make_rule
+from allrounder.optim.aggregation import RULES, Aggregate, combine, make_rule
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
 Y = {task: torch.randint(3, (12,), generator=torch.Generator().manual_seed(i)) for i, task in enumerate("abc")}
@@ -40,12 +40,23 @@ def same(one, other, **options):
             torch.testing.assert_close(a, b, **options)
 
 
-def test_without_a_radius_it_is_the_rule():
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("mean", "sum", "rlw", "dwa", "uncertainty")])
+def test_without_a_radius_it_is_the_rule(rule):
     model = network()
-    Aggregate(model, "cagrad")(losses_of(model), ["a", "b", "c"])
+    Aggregate(model, rule, tasks="abc")(losses_of(model), ["a", "b", "c"])
     wanted = grads(model)
-    SAMMTL(model, "cagrad", radius=0.0)(losses_of(model), ["a", "b", "c"])
+    SAMMTL(model, rule, radius=0.0, tasks="abc")(losses_of(model), ["a", "b", "c"])
     same(grads(model), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["mean", "sum", "rlw", "dwa", "uncertainty"])
+@pytest.mark.parametrize("variant", ["decomposed", "direct"])
+def test_weights_of_losses_hold_for_own_parameters_too(rule, variant):
+    model = network()
+    Aggregate(model, rule, tasks="abc")(losses_of(model), ["a", "b", "c"])
+    wanted = grads(model)
+    SAMMTL(model, rule, radius=0.0, variant=variant, tasks="abc")(losses_of(model), ["a", "b", "c"])
+    same(grads(model), wanted, rtol=1e-5, atol=1e-7)  # summed in another order
 
 
 @pytest.mark.parametrize("rule", ["mean", "sum"])
@@ -132,6 +143,35 @@ def test_weights_are_as_they_were_and_statistics_move_once():
     for name, value in model.state_dict().items():
         wanted = once.state_dict()[name] if "running" in name or "tracked" in name else before[name]
         assert torch.equal(value, wanted), name
+
+
+class Shared(nn.Module):
+    """One forward pass of the trunk for all tasks."""
+
+    def __init__(self, *middle):
+        super().__init__()
+        self.net = network(*middle)
+
+    def losses(self, tasks):
+        z = self.net.backbone(X)
+        return {task: nn.functional.cross_entropy(self.net.heads[task](z), Y[task]) for task in tasks}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_statistics_move_as_without_sam_under_dropout_too(shared):
+    def build():
+        return Shared(nn.BatchNorm1d(8), nn.Dropout(0.3)).train()
+
+    model, plain = build(), build()
+    update = SAMMTL(model, "mean", radius=0.1)
+    for _ in range(3):
+        for one, step in ((model, lambda losses: update(losses, ["a", "b"])), (plain, lambda losses: losses("ab"))):
+            step(one.losses if shared else losses_of(one.net))
+    norm, wanted = model.net.backbone[1], plain.net.backbone[1]
+    assert norm.num_batches_tracked == wanted.num_batches_tracked == (3 if shared else 6)
+    assert torch.equal(norm.running_mean, wanted.running_mean)
+    flat = update.last_flat.gramian.diagonal().sqrt()
+    assert (flat < 0.5 * update.last.gramian.diagonal().sqrt()).all()  # the masks were the same
 
 
 def test_dropout_masks_are_the_same_in_both_passes():

@@ -6,14 +6,15 @@ With theta shared and phi_k of task k alone, on one batch:
     u_k   = dL_k/dphi_k                        delta_k = radius * T^2 u_k / |T u_k|
     gS_k, uS_k = the same gradients at (theta + eps_k, phi_k + delta_k)
     h_k   = gS_k - g_k                         about radius * grad |g_k|: the way to flatter ground
-    theta follows A(g_1..g_K) + A(h_1..h_K),   phi_k follows uS_k
+    theta follows A(g_1..g_K) + A(h_1..h_K),   phi_k follows uS_k (times w_k where A weights losses)
 
 A is any rule of `optim.aggregation`; the two calls have states of their own. Combining gS_k directly (`direct`) lets
 conflicts of the two parts hide each other.
 
 Use it where tasks are small or their labels noisy and training goes on to memorisation. Where a model still underfits
 it costs accuracy. Time: K + 1 forward and 2K backward passes (2K forward passes for models with dropout, whose masks
-are replayed task by task). Memory: the K gradients and two copies of the parameters.
+are replayed task by task, and one more of all tasks where they also have BatchNorm). Memory: the K gradients and two
+copies of the parameters.
 
 Improving Multi-task Learning via Seeking Task-based Flat Regions (2022, arXiv 2211.13723; ICCV 2025). Departures from
 the authors' code: weights are restored bit for bit; a task without gradient is not perturbed and takes no part, where
@@ -40,6 +41,7 @@ from ..optim.aggregation import (
     check_tasks,
     combine,
     make_rule,
+    own_factors,
     task_gradients,
 )
 from ..optim.gradient_rules import Rule
@@ -65,8 +67,7 @@ class SAMMTL(nn.Module):
         last, last_flat: `Aggregated` of the loss part and of the flat part of the last step.
 
     Raises:
-        InputError: a negative radius, an unknown variant, a rule that works entry by entry; when called as
-            `optim.Aggregate`.
+        InputError: a negative radius, an unknown variant; when called as `optim.Aggregate`.
     """
 
     last: Aggregated | None
@@ -111,11 +112,11 @@ class SAMMTL(nn.Module):
         places = self.partition.shared(gradients)
         shared = set(places)
         combined: list[Tensor | None] = [None] * len(self._trained)
+        own: list[tuple[int, Tensor] | None] = [None] * len(self._trained)  # index of the task, its gradient
         if self.variant == "decomposed":
             combined, self.last = combine(self.rule, gradients, places, found)
         with frozen_batchnorm(model):
-            for task in tasks:
-                row = gradients[task]
+            for k, (task, row) in enumerate(gradients.items()):
                 directions = self._directions(row, shared)
                 with ExitStack() as stack:
                     stack.enter_context(perturbed(self._trained, directions))
@@ -126,7 +127,7 @@ class SAMMTL(nn.Module):
                     if gradient is None:
                         continue
                     if i not in shared:
-                        combined[i] = gradient
+                        own[i] = k, gradient
                     elif self.variant == "decomposed":
                         row[i] = gradient - row[i]  # type: ignore[operator]
                     else:
@@ -135,8 +136,11 @@ class SAMMTL(nn.Module):
             flat, self.last_flat = combine(self.flat_rule, gradients, places, found)
         else:
             flat, self.last = combine(self.rule, gradients, places, found)
+        factors = own_factors(self.rule, self.last)  # type: ignore[arg-type]
         for i, parameter in enumerate(self._trained):
-            if i in shared and flat[i] is not None:
+            if (mine := own[i]) is not None:
+                combined[i] = mine[1] if factors[mine[0]] == 1 else mine[1] * factors[mine[0]]
+            elif i in shared and flat[i] is not None:
                 combined[i] = flat[i] if combined[i] is None else combined[i] + flat[i]  # type: ignore[operator]
             parameter.grad = combined[i]
         return found
@@ -146,14 +150,15 @@ class SAMMTL(nn.Module):
     ) -> tuple[dict[str, Tensor], Gradients, dict[str, RandomState]]:
         """Losses, gradients, and where forward passes draw (dropout) the state in front of each task's."""
         start, (model,) = random_state(), self._model
-        again = frozen_batchnorm(nn.Module())
-        if not self._draws:
-            found = dict(losses(tasks))
-            if same_state(start, random_state()):
+        moving = any(part.training for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+        if not self._draws or moving:  # all tasks at once, so that running statistics move as they do without SAM
+            with torch.set_grad_enabled(not self._draws):
+                found = dict(losses(tasks))
+            if not self._draws and same_state(start, random_state()):
                 return found, task_gradients(found, self._trained), {}
-            self._draws, again = True, frozen_batchnorm(model)  # running statistics have moved in this step
+            self._draws = True
         found, gradients, states = {}, {}, {}
-        with replayed(start, keep=True), again:
+        with replayed(start, keep=True), frozen_batchnorm(model):
             for task in tasks:
                 states[task] = random_state()
                 one = losses([task])

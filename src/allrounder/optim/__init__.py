@@ -11,8 +11,8 @@ from .roles import parameter_groups, roles
 from .stability import LEARNING_RATES, StabilityReport, Trial, diverged, lr_sensitivity, stability_report
 
 __all__ = [
-    "FRUGAL", "LEARNING_RATES", "RULES", "Aggregate", "Forecast", "Rule", "StabilityProbes", "StabilityReport", "Trial", "cagrad",
-    "delta_m", "diverged", "forecast_attention_logit", "forecast_gradient_rms", "frozen_batchnorm",
-    "independent_weight_decay", "lr_sensitivity", "make_rule", "mgda", "mup_groups", "nash_mtl", "parameter_groups", "perturbed", "roles",
-    "stability_report", "warmup_cosine", "z_penalty",
+    "FRUGAL", "LEARNING_RATES", "RULES", "Aggregate", "Forecast", "Rule", "StabilityProbes", "StabilityReport",
+    "Trial", "cagrad", "delta_m", "diverged", "forecast_attention_logit", "forecast_gradient_rms",
+    "frozen_batchnorm", "independent_weight_decay", "lr_sensitivity", "make_rule", "mgda", "mup_groups", "nash_mtl",
+    "parameter_groups", "perturbed", "roles", "stability_report", "warmup_cosine", "z_penalty",
 ]  # fmt: skip
