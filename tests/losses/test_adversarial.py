@@ -275,3 +275,17 @@ MODEL = fill(nn.Linear(4, 3))
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_any_callable_can_be_attacked_and_nan_is_named():
+    x = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, -1.0]])
+    module = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    target = torch.tensor([0, 1, 0, 1])
+    within = Perturbation(radius=0.1, step=0.05, steps=3)
+    by_function = adversarial_comp_sum(lambda inputs: inputs @ weight.T, x, target, within)
+    torch.testing.assert_close(by_function, adversarial_comp_sum(module, x, target, within).detach())
+    with pytest.raises(InputError, match="gradient of the attack's objective is not finite"):
+        attack(lambda inputs: inputs @ weight.T * torch.nan, x, lambda outputs: outputs.sum(1), within)

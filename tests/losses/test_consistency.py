@@ -167,3 +167,11 @@ def test_gap_of_all_functions_is_zero_and_of_constants_is_information():
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.5, 1.7])
+def test_small_excesses_keep_their_digits(tau):
+    """T(t) is close to (T's curvature) t^2 / 2 near 0: the ratio to t^2 must not depend on t."""
+    ratios = [error_transform(t, tau, 10).item() / t**2 for t in (1e-3, 1e-5, 1e-8)]
+    assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-5)
+    assert error_bound(1e-12, 0.0, 10).item() == pytest.approx(2**0.5 * 1e-6, rel=1e-9)

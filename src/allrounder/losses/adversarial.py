@@ -77,12 +77,14 @@ class Perturbation:
 
 TRAINING = Perturbation()
 EVALUATION = Perturbation(steps=20)
+Scores = nn.Module | Callable[[Tensor], Tensor]
+"""Inputs -> scores. A module is put in evaluation mode where that is said; any other callable sees to that itself."""
 Objective = Callable[[Tensor], Tensor]
 """Outputs of the model -> what the attacker wants large, one value an example, `(batch,)`."""
 
 
 def attack(
-    model: nn.Module, inputs: Tensor, objective: Objective, within: Perturbation = TRAINING, *,
+    model: Scores, inputs: Tensor, objective: Objective, within: Perturbation = TRAINING, *,
     start: Literal["nudge", "uniform"] = "uniform", generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """Inputs within the ball and the box at which the objective is large, by projected gradient ascent.
@@ -119,6 +121,8 @@ def attack(
                 if value.shape != inputs.shape[:1]:
                     raise InputError(f"objective gives one value an example ({len(inputs)},), got {tuple(value.shape)}")
                 (slope,) = torch.autograd.grad(value.sum(), found)
+            if not slope.isfinite().all():
+                raise InputError("the gradient of the attack's objective is not finite; look at the model's outputs")
             found = _projected(found.detach() + within.step * _direction(slope, within.norm), origin, within)
     return found
 
@@ -129,7 +133,7 @@ def margins(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def adversarial_comp_sum(
-    model: nn.Module, inputs: Tensor, target: Tensor, within: Perturbation = TRAINING, *,
+    model: Scores, inputs: Tensor, target: Tensor, within: Perturbation = TRAINING, *,
     tau: float = 1.0, rho: float = 1.0, nu: float = 1.0, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """The smooth adversarial comp-sum loss, mean over the batch (ADV-COMP-SUM at tau = 1).
@@ -167,7 +171,7 @@ def adversarial_comp_sum(
 
 
 def pgd_loss(
-    model: nn.Module, inputs: Tensor, target: Tensor, within: Perturbation = TRAINING, *,
+    model: Scores, inputs: Tensor, target: Tensor, within: Perturbation = TRAINING, *,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """PGD adversarial training: cross-entropy at the inputs that make it large. Arguments as above."""
@@ -175,7 +179,7 @@ def pgd_loss(
 
 
 def trades_loss(
-    model: nn.Module, inputs: Tensor, target: Tensor, within: Perturbation = TRAINING, *,
+    model: Scores, inputs: Tensor, target: Tensor, within: Perturbation = TRAINING, *,
     beta: float = 6.0, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """TRADES: cross-entropy, plus beta times the largest KL(softmax h(x) | softmax h(x')) in the ball.
@@ -199,7 +203,7 @@ def trades_loss(
 
 
 def robust_accuracy(
-    model: nn.Module, inputs: Tensor, target: Tensor, within: Perturbation = EVALUATION, *,
+    model: Scores, inputs: Tensor, target: Tensor, within: Perturbation = EVALUATION, *,
     generator: torch.Generator | None = None,
 ) -> float:  # fmt: skip
     """Share of inputs that are still right, in evaluation mode, after an attack on the cross-entropy; 0 to 1.
@@ -212,7 +216,7 @@ def robust_accuracy(
 
 
 def _pgd(
-    model: nn.Module, inputs: Tensor, target: Tensor, within: Perturbation, generator: torch.Generator | None
+    model: Scores, inputs: Tensor, target: Tensor, within: Perturbation, generator: torch.Generator | None
 ) -> Tensor:
     _inside(inputs, within.box)
     true_log_prob(_evaluated(model, inputs), target)
@@ -221,18 +225,20 @@ def _pgd(
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode; afterwards each module is in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
+def _evaluation(model: Scores) -> Iterator[None]:
+    """A module in evaluation mode; afterwards each part is in the mode it had."""
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     try:
-        yield model.eval()
+        for module, _ in modes:
+            module.training = False
+        yield
     finally:
         for module, training in modes:
             module.training = training
 
 
 @torch.no_grad()
-def _evaluated(model: nn.Module, inputs: Tensor) -> Tensor:
+def _evaluated(model: Scores, inputs: Tensor) -> Tensor:
     with _evaluation(model):
         return model(inputs)
 
