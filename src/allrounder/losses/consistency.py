@@ -70,7 +70,7 @@ def error_transform(excess: Tensor | float, tau: float, classes: int) -> Tensor:
     large = torch.logaddexp(torch.log1p(t) / power, torch.log1p(-t) / power) - math.log(2)
     s = t.clamp_max(0.5)  # below a half cosh is used: the sum of two powers near 1 would lose every digit of t^2
     small = torch.log1p(-s * s) / (2 * power) + torch.log1p(2 * torch.sinh(torch.atanh(s) / (2 * power)) ** 2)
-    log_mean = torch.where(t < 0.5, small, large)
+    log_mean = torch.where(t < 0.5, small, large) if power > 0.05 else large
     factor = 2 ** (1 - tau) if tau < 1 else classes ** (1 - tau)
     return (factor * torch.expm1(power * log_mean) / (tau - 1)).clamp_min(0)
 
