@@ -4,10 +4,13 @@ BIN := .venv/bin
 OUT ?= run
 SEEDS ?= 0 1 2
 SCALE ?= laptop
-STUDIES := task-arithmetic-baselines adamerging atlas tall-masks twin-merging self-positioning logit-fusion
+STUDIES := task-arithmetic-baselines adamerging atlas tall-masks twin-merging self-positioning logit-fusion \
+  z-loss comp-sum-losses contrastive-behaviour preference-logic frugal small-scale-proxies \
+  mtl-baselines sam-mtl uni-perceiver-v2 controllable-mtl dtrn task-expert
+EXAMPLES := multitask_real label_noise preference_hh z_loss_words frugal_lm stability_lm dtrn_adult
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: run test lint bench studies clean
+.PHONY: run test lint bench studies examples clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install one, or make PYTHON=/path/to/python"; exit 1; }
@@ -45,6 +48,12 @@ studies: .venv/.ready
 	  $(BIN)/allrounder study $$slug --scale $(SCALE) --seed $$seed --json > docs/results/study_$${slug}_seed$$seed.json; \
 	  test $$? -le 1 || exit 2; \
 	done; done
+
+# Real data: ALLROUNDER_DATA is the folder of the data sets.
+examples: .venv/.ready
+	@for name in $(EXAMPLES); do \
+	  $(BIN)/python examples/$$name.py --json docs/results/real_$$name.json || exit 1; \
+	done
 
 clean:
 	rm -rf .venv .venv-peers run

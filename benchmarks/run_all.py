@@ -14,7 +14,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-NAMES = ("merge_speed", "merge_memory", "adamerging_step", "tall_masks")
+NAMES = (
+    "merge_speed", "merge_memory", "adamerging_step", "tall_masks", "factored_output", "frugal_step", "aggregation",
+    "sam_mtl", "controllable",
+)  # fmt: skip
 
 
 def main() -> int:

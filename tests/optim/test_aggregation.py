@@ -11,7 +11,7 @@ from torch import nn
 
 from allrounder import Examples, InputError, Suite, Task, fit, score
 from allrounder.optim.aggregation import RULES, Aggregate, combine, delta_m, make_rule
-from allrounder.optim.gradient_rules import CAGrad, NashMTL, cagrad, nash_mtl
+from allrounder.optim.gradient_rules import CAGrad, NashMTL, cagrad, mgda, nash_mtl
 from allrounder.optim.loss_weights import DWA, GradNorm, Uncertainty
 
 J1 = torch.tensor([[1.0, 0.0], [-0.5, 1.0]], dtype=torch.float64)
@@ -127,6 +127,30 @@ def test_nash_solves_its_equation_and_ignores_scales(seed, count):
     torch.testing.assert_close(nash_mtl(scaled @ scaled.T) @ scaled, w @ jacobian, rtol=1e-5, atol=1e-7)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 12), st.integers(0, 6), st.sampled_from([3, 60]))
+def test_mgda_is_shortest_however_far_apart_the_gradients_are(seed, count, decades, width):
+    """Shortest of the hull: no task's gradient has a smaller product with d than d itself."""
+    jacobian = jacobians(count, width, seed)
+    exponents = torch.rand(count, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
+    jacobian = jacobian * 10 ** (decades * exponents)
+    w = mgda(jacobian @ jacobian.T)
+    d = w @ jacobian
+    assert (w >= 0).all()
+    assert w.sum().item() == pytest.approx(1)
+    assert (d @ d - (jacobian @ d).min()).item() <= 1e-6 * jacobian.norm(dim=1).min().item() ** 2
+
+
+def test_mgda_of_two_tasks_has_a_closed_form():
+    for seed in range(20):
+        jacobian = jacobians(2, 3, seed) * torch.tensor([[1.0], [10.0 ** (seed % 4)]], dtype=torch.float64)
+        (a, b), (_, c) = (jacobian @ jacobian.T).tolist()
+        first = min(max((c - b) / (a + c - 2 * b), 0), 1)
+        for scale in (1e-16, 1.0, 1e16):
+            w = mgda(jacobian @ jacobian.T * scale)
+            assert w.tolist() == pytest.approx([first, 1 - first], abs=1e-9)
+
+
 def test_nash_is_limited_and_reuses_weights():
     rule = NashMTL(max_norm=1.0, every=3)
     d, first = apply(rule, J1)
@@ -181,6 +205,65 @@ def test_pcgrad_is_the_papers_surgery_on_whole_gradients():
             if j != i and (product := changed[i] @ jacobian[j]) < 0:
                 changed[i] -= product / (jacobian[j] @ jacobian[j]) * jacobian[j]
     torch.testing.assert_close(apply(rule_of("pcgrad", 6, seed=4), jacobian)[0], changed.sum(0))
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_a_rule_goes_on_from_its_state(name):
+    jacobian, losses = jacobians(4), [torch.rand(4, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(5)]
+    one, other = rule_of(name, 4, seed=1), rule_of(name, 4, seed=2)
+    for step in range(3):
+        apply(one, jacobian * (step + 1), losses[step])
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for step in (3, 4):
+        assert torch.equal(apply(one, jacobian, losses[step])[0], apply(other, jacobian, losses[step])[0])
+    one.reset()
+    assert torch.equal(apply(one, jacobian, losses[0])[0], apply(rule_of(name, 4, seed=1), jacobian, losses[0])[0])
+
+
+def equalised_to_nothing():
+    """Three gradients whose weights of IMTL-G, before they are divided by their sum, all but add up to zero."""
+    units = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.83, 0.52, 0.2]], dtype=torch.float64)
+    units = units / units.norm(dim=1, keepdim=True)
+    shares = torch.linalg.solve(units @ units.T, torch.ones(3, dtype=torch.float64))
+    assert shares.min() < 0 < shares.max()
+    negative = shares < 0
+    lengths = torch.where(negative, -shares[negative].sum() / shares[~negative].sum() * (1 + 1e-8), 1.0)
+    return units * lengths[:, None]
+
+
+@pytest.mark.parametrize("jacobian", [torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), equalised_to_nothing()])
+def test_imtl_says_that_its_weights_are_undefined(jacobian):
+    with pytest.warns(UserWarning, match="the gradients of t0, t1.* sum to zero on the equalising direction"):
+        d, _ = apply(rule_of("imtl-g", 3), jacobian.double())
+    assert torch.equal(d, torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_a_step_leaves_its_own_gradient_and_nothing_of_the_step_before(name):
+    net, fresh = Net(), Net()
+    update = Aggregate(net, name, tasks=["a", "b"])
+    update(net.losses, ["a", "b"])
+    wanted = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    update.rule.reset()
+    for p in fresh.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    again = Aggregate(fresh, name, tasks=["a", "b"])
+    again(fresh.losses, ["a", "b"])
+    for p, gradient in zip(fresh.parameters(), wanted, strict=True):
+        assert (p.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(p.grad, gradient)
+
+
+def test_gradnorm_trains_heads_that_start_at_zero():
+    net = Net()
+    for head in net.heads.values():
+        nn.init.zeros_(head.weight)
+    Aggregate(net, "gradnorm", tasks=["a", "b"])(net.losses, ["a", "b"])
+    loss = net.losses(["a", "b"])["b"]
+    torch.testing.assert_close(net.heads["b"].weight.grad, torch.autograd.grad(loss, net.heads["b"].weight)[0])
+    net = Net()
+    Aggregate(net, "gradnorm", tasks=["a", "b"])(net.losses, ["a"])  # nothing is known to be shared yet
+    assert net.trunk.weight.grad.abs().sum() > 0
 
 
 def test_own_parameters_are_weighted_by_gradnorm():
@@ -362,6 +445,10 @@ def broken(net, tasks):
     return found | {tasks[1]: found[tasks[1]] * math.nan}
 
 
+def without_graph(net, tasks):
+    return net.losses(tasks) | {"b": torch.ones(())}
+
+
 def detached(net, tasks):
     found = net.losses(tasks)
     return found | {"b": net.heads["b"](torch.ones(1, 3)).sum()}
@@ -386,6 +473,12 @@ def detached(net, tasks):
         (
             lambda net: Aggregate(net, "mgda")(lambda t: broken(net, t), ["a", "b"]),
             "gradient of task 'b' is not finite",
+        ),
+        (lambda net: Aggregate(net)(lambda t: broken(net, t), ["a", "b"]), "the loss of task 'b' is nan"),
+        (lambda net: Aggregate(net)(lambda t: without_graph(net, t), ["a", "b"]), "loss of task 'b' has no graph"),
+        (
+            lambda net: Aggregate(net, "mgda")(lambda t: without_graph(net, t), ["a", "b"]),
+            "the loss of task 'b' has no graph; is its head detached",
         ),
         (lambda net: Aggregate(net, "mgda")(lambda t: detached(net, t), ["a", "b", "c"]), "'b' has no gradient on any"),
         (lambda net: Aggregate(net, "mgda", shared=[net.trunk.weight])(net.losses, ["a", "b"]), r"shape \(3,\) is not"),

@@ -49,8 +49,10 @@ RULES: dict[str, Callable[..., Rule]] = {
     "upgrad": torchjd_rule("UPGradWeighting"),
     "graddrop": GradDrop,
 }
-"""Name -> constructor. PCGrad, GradVac and sum are sums over tasks; mean, CAGrad, MGDA, IMTL-G, UPGrad are means: a
-learning rate that suits one is K times off for the other."""
+"""Name -> constructor. A learning rate that suits one scale is K times off for another. The scale of the
+mean: mean, rlw, mgda, imtl-g (weights that add up to 1), cagrad, upgrad. Of the sum: sum, dwa, gradnorm (weights that
+add up to K), pcgrad, gradvac, graddrop. Of their own: uncertainty (1 / (2 variance)), nash (length at most `max_norm`),
+aligned (singular values all like the smallest)."""
 
 OF_TASKS = ("dwa", "uncertainty", "gradnorm")
 Gradients = dict[str, list[Tensor | None]]
@@ -120,6 +122,9 @@ class Aggregated:
 def task_gradients(found: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Gradients:
     """Each loss's gradient; the graphs are freed with the last."""
     tasks = list(found)
+    for task, loss in found.items():
+        if not loss.requires_grad:
+            raise InputError(f"the loss of task {task!r} has no graph; is its head detached?")
     return {
         task: list(
             torch.autograd.grad(found[task], parameters, retain_graph=task != tasks[-1], allow_unused=True)
@@ -198,6 +203,14 @@ def _entrywise(
     return combined
 
 
+def own_factors(rule: Rule, found: Aggregated) -> list[float]:
+    """What each task's gradient on its own parameters is multiplied with; 1 where the rule left the task out."""
+    if not rule.weighs_losses or found.weights is None or found.gramian is None:
+        return [1.0] * len(found.tasks)
+    active = found.gramian.diagonal() > 0
+    return torch.where(active, found.weights, torch.ones_like(found.weights)).tolist()
+
+
 class Aggregate(nn.Module):
     """An update (see `allrounder.fit`) that combines tasks by a rule.
 
@@ -213,7 +226,8 @@ class Aggregate(nn.Module):
 
     Raises:
         InputError: as `make_rule`; a parameter given as shared that the model does not train. When called: a task
-            that reaches no shared parameter, gradients that are not finite, tasks named twice or none.
+            that reaches no shared parameter, losses or gradients that are not finite, a loss without graph, tasks
+            named twice or none.
     """
 
     last: Aggregated | None
@@ -243,12 +257,12 @@ class Aggregate(nn.Module):
         gradients = task_gradients(found, self._trained)
         places = self.partition.shared(gradients)
         combined, self.last = combine(self.rule, gradients, places, found)
-        weighted = isinstance(self.rule, GradNorm)
+        factors = own_factors(self.rule, self.last)
         for i, parameter in enumerate(self._trained):
             if combined[i] is None:
-                for k, row in enumerate(gradients.values()):
+                for row, factor in zip(gradients.values(), factors, strict=True):
                     if (own := row[i]) is not None:
-                        combined[i] = own * self.last.weights[k].to(own) if weighted else own  # type: ignore[index]
+                        combined[i] = own if factor == 1 else own * factor
             parameter.grad = combined[i]
         return found
 
@@ -256,10 +270,15 @@ class Aggregate(nn.Module):
         tasks = list(found)
         known(self.rule, tasks)
         values = torch.stack([found[task] for task in tasks])
-        if not values.isfinite().all():
-            return found  # the training loop names the task
+        for task, finite, loss in zip(tasks, values.isfinite().tolist(), found.values(), strict=True):
+            if not finite:
+                raise InputError(f"the loss of task {task!r} is {loss.item()}; lower the learning rate")
+            if not loss.requires_grad:
+                raise InputError(f"the loss of task {task!r} has no graph; is its head detached?")
         weights = self.rule(None, values.detach(), tasks)
-        (weights * values).sum().backward()
+        made = torch.autograd.grad((weights * values).sum(), self._trained, allow_unused=True)
+        for parameter, gradient in zip(self._trained, made, strict=True):
+            parameter.grad = gradient  # of this step alone, as the other rules leave it
         self.last = Aggregated(tuple(tasks), weights, None)
         return found
 

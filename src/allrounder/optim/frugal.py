@@ -230,7 +230,9 @@ class FRUGAL(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; `role`, `rule` and the rest are checked, and a parameter given twice is named."""
         group = self.defaults | param_group
-        if isinstance(group["params"], Tensor) or not isinstance(group["params"], (set, Tensor)):
+        for name in self.settings.keys() & param_group:
+            raise InputError(f"{name} is one for all groups: give it to FRUGAL itself, not to a group")
+        if not isinstance(group["params"], set):  # torch has an error for sets
             group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
             check(group)
             seen = dict(self._positions)
@@ -368,7 +370,7 @@ class FRUGAL(Optimizer):
         ]  # fmt: skip
         stateless(group, params, rest, spent=True)
         updates = [torch.zeros_like(grad) for grad in grads]
-        stateful({**group, "weight_decay": 0.0}, updates, grads, states, group["scale"])
+        stateful(group, updates, grads, states, group["scale"])  # decay was above, and of zeros is nothing
         for p, state, update in zip(params, states, updates, strict=True):
             subspaces.up_(p, state["basis"], update)
 

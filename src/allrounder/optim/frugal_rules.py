@@ -13,8 +13,8 @@ from ..errors import InputError
 
 __all__ = ["batches", "check", "is_split", "stateful", "stateless"]
 
-BUDGET = 1 << 22  # elements a batch of matrices holds: bounds the copies of chosen parts
-CHUNK = 1 << 16  # elements whose signs are taken at once: their copy stays in the cache
+BUDGET = 1 << 22  # elements a batch of tensors holds: bounds the copies of chosen parts and of signs
+FUSED = ("cpu", "cuda")  # devices with a fused Adam
 CHOICES = {
     "role": ("auto", "split", "full"), "rule": ("adam", "lion", "sgdm"), "free": ("sign", "sgd", "none"),
 }  # fmt: skip
@@ -77,15 +77,18 @@ def stateful(
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if group["rule"] == "adam" and "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-    rate, (beta1, beta2) = group["lr"] * scale, group["betas"]
+    rate, (beta1, beta2) = float(group["lr"]) * scale, group["betas"]
     params, grads = list(params), list(grads)
     if group["rule"] == "adam":
-        fused = params[0].device.type in ("cpu", "cuda")
-        adamw(
-            params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-            [s["step"] for s in states], foreach=not fused, fused=fused, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=rate, weight_decay=group["weight_decay"] / scale, eps=group["eps"], maximize=False,
-        )  # fmt: skip
+        fits = [_fits_fused(p, grad, state) for p, grad, state in zip(params, grads, states, strict=True)]
+        for fused in set(fits):
+            some = [(p, g, s) for p, g, s, fit in zip(params, grads, states, fits, strict=True) if fit == fused]
+            adamw(
+                [p for p, _, _ in some], [g for _, g, _ in some], [s["exp_avg"] for *_, s in some],
+                [s["exp_avg_sq"] for *_, s in some], [], [s["step"] for *_, s in some],
+                foreach=not fused, fused=fused, amsgrad=False, beta1=beta1, beta2=beta2, lr=rate,
+                weight_decay=group["weight_decay"] / scale, eps=group["eps"], maximize=False,
+            )  # fmt: skip
         return
     _decay(group, params)
     moments = [s[names[0]] for s in states]
@@ -110,21 +113,28 @@ def stateless(group: Mapping[str, Any], params: Sequence[Tensor], grads: Sequenc
     """
     if not params:
         return
-    _decay(group, list(params))
-    rate = -group["lr"] * group["scale"] * group["free_scale"]
+    params, grads = list(params), list(grads)
+    _decay(group, params)
+    rate = -float(group["lr"]) * group["scale"] * group["free_scale"]
     if group["free"] == "sgd":
-        torch._foreach_add_(list(params), list(grads), alpha=rate)
+        torch._foreach_add_(params, grads, alpha=rate)
     elif group["free"] == "sign":
-        for p, grad in zip(params, grads, strict=True):
+        done = 0
+        for run in batches(params):
+            signs = grads[done : done + len(run)]
             if spent:
-                p.add_(grad.sign_(), alpha=rate)
-            elif p.is_contiguous() and grad.is_contiguous() and p.numel() > CHUNK:
-                for part, piece in zip(p.view(-1).split(CHUNK), grad.view(-1).split(CHUNK), strict=True):
-                    part.add_(piece.sign(), alpha=rate)
+                torch._foreach_sign_(signs)
             else:
-                p.add_(grad.sign(), alpha=rate)
+                signs = torch._foreach_sign(signs)
+            torch._foreach_add_(run, signs, alpha=rate)
+            done += len(run)
+
+
+def _fits_fused(p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
+    """The fused Adam walks through memory: tensors laid out differently would be mixed up without an error."""
+    return p.device.type in FUSED and p.stride() == grad.stride() == state["exp_avg"].stride()
 
 
 def _decay(group: Mapping[str, Any], params: list[Tensor]) -> None:
     if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(params, 1 - float(group["lr"]) * group["weight_decay"])

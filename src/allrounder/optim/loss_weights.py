@@ -34,6 +34,7 @@ class Constant(Rule):
     """
 
     needs: ClassVar[Need] = "losses"
+    weighs_losses: ClassVar[bool] = True
 
     def __init__(self, *, total: float | None = 1.0, seed: int = 0) -> None:
         super().__init__(seed=seed)
@@ -47,6 +48,7 @@ class RandomWeights(Rule):
     """Random loss weighting."""
 
     needs: ClassVar[Need] = "losses"
+    weighs_losses: ClassVar[bool] = True
 
     def forward(self, gramian: Tensor | None, losses: Tensor, tasks: Sequence[str]) -> Tensor:
         return torch.randn(len(tasks), generator=self.generator).softmax(0).to(losses)
@@ -62,6 +64,7 @@ class DWA(Rule):
     """
 
     needs: ClassVar[Need] = "losses"
+    weighs_losses: ClassVar[bool] = True
     seen: Tensor
     means: Tensor
     step: Tensor
@@ -105,6 +108,7 @@ class Uncertainty(Rule):
     """
 
     needs: ClassVar[Need] = "losses"
+    weighs_losses: ClassVar[bool] = True
 
     def __init__(self, tasks: Sequence[str], *, start: float = -0.5, seed: int = 0) -> None:
         super().__init__(seed=seed)
@@ -129,6 +133,7 @@ class GradNorm(Rule):
         alpha: how strongly slow tasks are favoured. Default: LibMTL's 1.5.
     """
 
+    weighs_losses: ClassVar[bool] = True
     first: Tensor
 
     def __init__(self, tasks: Sequence[str], *, alpha: float = 1.5, seed: int = 0) -> None:
