@@ -83,14 +83,14 @@ def _digits(seed: int) -> tuple[Suite, Examples]:
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     x, y = torch.tensor(images / 16, dtype=torch.float32)[order], torch.tensor(labels)[order]
-    parts = {"train": slice(0, 1000), "validation": slice(1000, 1200), "test": slice(1200, None)}
-    digit = {name: Examples(x[part], y[part]) for name, part in parts.items()}
-    halves = {name: Examples(_halves(x[part]), torch.zeros(len(x[part]))) for name, part in parts.items()}
+    parts = (slice(0, 1000), slice(1000, 1200), slice(1200, None))
+    digit = [Examples(x[part], y[part]) for part in parts]
+    halves = [Examples(_halves(x[part]), torch.zeros(len(x[part]))) for part in parts]
     tasks = [
-        Task("digit", **digit, outputs=10, loss=lambda scores, y: LOSS_SCALE * F.cross_entropy(scores, y)),
-        Task("halves", **halves, outputs=1, loss=retrieval_loss),
+        Task("digit", *digit, outputs=10, loss=lambda scores, y: LOSS_SCALE * F.cross_entropy(scores, y)),
+        Task("halves", *halves, outputs=1, loss=retrieval_loss),
     ]
-    return Suite(tasks, name="digits"), digit["test"]
+    return Suite(tasks, name="digits"), digit[2]
 
 
 def _halves(x: Tensor) -> dict[str, Tensor]:
