@@ -2,8 +2,8 @@
 
     python docs/results/tables.py
 
-`run_*.json` are the reports of `allrounder run`, `real_*.json` come from the programs in `examples/`, `study_*.json` from
-`allrounder study --json`, and `bench_*.json` from the programs in `benchmarks/`.
+`run_*.json` are the reports of `allrounder run`, `real_*.json` come from the programs in `examples/`, `study_*.json`
+from `allrounder study --json`, and `bench_*.json` from the programs in `benchmarks/`.
 """
 
 from __future__ import annotations
