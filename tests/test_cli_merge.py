@@ -262,7 +262,13 @@ main()
 def started(*words, code=None):
     line = [sys.executable, *(("-c", code) if code else ("-m", "allrounder")), *map(str, words)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def interruptible():  # a shell's background job ignores interrupts, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible
+    )
 
 
 def test_a_full_disk_is_one_sentence_in_a_process_of_its_own(folder):
