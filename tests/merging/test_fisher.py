@@ -77,7 +77,7 @@ class TestInformation:
         model, x = network(), inputs()
         right = fisher_information(model, [x])
         assert close(fisher_information(model, list(x.split(7))), right)
-        module = importlib.import_module("allrounder.merging.fisher")  # a function has its name in the package
+        module = importlib.import_module("allrounder.optim.information")
         monkeypatch.setattr(module, "ENTRIES", (1, 1))  # one row of gradients at a time
         assert close(fisher_information(model, [x]), right)
 

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InputError
-from .evidence import at, double
+from ..nets.calling import at
+from .evidence import double
 
 __all__ = ["Part", "Parts", "compressed"]
 

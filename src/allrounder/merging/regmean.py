@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ..checkpoint import Weights
 from ..errors import InputError
+from ..nets.calling import call_arguments, evaluating, limited, wide
 from ..nets.multitask import shared
 from .engine import Aligned, Block, Merge, Rule
-from .evidence import call_arguments, double, evaluating, limited, matched, wide
+from .evidence import double, matched
 
 __all__ = ["RegMean", "gram_matrices", "regmean"]
 

@@ -36,13 +36,13 @@ from torch.utils.data import Dataset
 
 from ..checkpoint import Weights, tied
 from ..errors import InputError
+from ..nets.calling import call_arguments, limited
 from ..nets.multitask import MultiTaskModel, mlp
 from ..nets.multitask import shared as shared_part
 from ..task import Batches
 from ..train import load_weights
 from .baselines import task_arithmetic
 from .engine import Aligned
-from .evidence import call_arguments, limited
 from .per_input import Parts, compressed
 
 __all__ = ["TwinMerging"]
