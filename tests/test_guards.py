@@ -12,7 +12,20 @@ import pytest
 import allrounder as ar
 
 SOURCE = Path(ar.__file__).parent
-EXTRAS = ("transformers", "peft", "datasets", "huggingface_hub", "PIL", "ray", "accelerate", "tokenizers", "trl")
+EXTRAS = (
+    "transformers",
+    "peft",
+    "datasets",
+    "huggingface_hub",
+    "PIL",
+    "ray",
+    "accelerate",
+    "tokenizers",
+    "trl",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+)
 MODULES = sorted(
     ".".join(("allrounder", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
     for path in SOURCE.rglob("*.py")
@@ -86,7 +99,7 @@ def test_starting_costs_little():
 FLOORS = {
     "__version__": 0, "errors": 0, "task": 0, "checkpoint": 0, "adapter": 0, "saving": 0, "study": 0, "catalogue": 0,
     "scoring": 1, "train": 1, "nets": 1, "data": 1, "losses": 1, "optim": 1, "merging": 2, "multitask": 2,
-    "studies": 3, "contest": 3, "multitask_entrants": 3, "entrants": 3, "recipe": 4, "settings": 5, "report": 5,
+    "compression": 2, "continual": 2, "state": 0, "studies": 3, "contest": 3, "multitask_entrants": 3, "entrants": 3, "recipe": 4, "settings": 5, "report": 5,
     "steps": 6, "run": 7, "cli": 8, "__main__": 9, "__init__": 9,
 }  # fmt: skip
 

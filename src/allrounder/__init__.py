@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, losses, merging, multitask, nets, optim, report
+    from . import compression, continual, data, losses, merging, multitask, nets, optim, report
     from .catalogue import cite, papers
     from .checkpoint import Checkpoint, Weights, open_weights
     from .errors import InputError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .task import Batches, Examples, Suite, Task
     from .train import fit, load_weights
 
-_ROOMS = ("data", "losses", "merging", "multitask", "nets", "optim", "report")
+_ROOMS = ("compression", "continual", "data", "losses", "merging", "multitask", "nets", "optim", "report")
 _HOMES = {
     "Batches": "task", "Checkpoint": "checkpoint", "Claim": "study", "Examples": "task", "Finding": "study",
     "InputError": "errors", "Suite": "task", "Task": "task", "Weights": "checkpoint", "cite": "catalogue",
@@ -35,7 +35,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Batches", "Checkpoint", "Claim", "Examples", "Finding", "InputError", "Suite", "Task", "Weights", "cite",
-    "data", "fit", "load_weights", "losses", "merging", "multitask", "nets", "normalised", "open_weights", "optim",
+    "compression", "continual", "data", "fit", "load_weights", "losses", "merging", "multitask", "nets", "normalised", "open_weights", "optim",
     "papers", "report", "run_study", "save", "score",
 ]  # fmt: skip
 
