@@ -134,7 +134,9 @@ class _Again:
             yield Batch(to_device(inputs, self.device), targets.to(self.device), self.told, repeat=1)
 
 
-def _stage(learner: Learner, stream: Stream, row: int, epochs: int, size: int, seed: int, tick: Callable) -> None:
+def _stage(
+    learner: Learner, stream: Stream, row: int, epochs: int, size: int, seed: int | None, tick: Callable
+) -> None:
     """One experience: begin, its batches, end."""
     experience, device = stream[row], _device(learner)
     told = experience.task if "task_id_train" in stream.offers else None
@@ -146,8 +148,10 @@ def _stage(learner: Learner, stream: Stream, row: int, epochs: int, size: int, s
     batches = Batches(experience.train, size, seed=seed)
     for epoch in range(epochs):
         for inputs, targets in batches:
-            learner.observe(Batch(to_device(inputs, device), targets.to(device), told, repeat=epoch))
             tick()
+            if len(targets) == 1 < len(experience.train):
+                continue
+            learner.observe(Batch(to_device(inputs, device), targets.to(device), told, repeat=epoch))
     if bounded:
         learner.end_task(info)
 
@@ -160,6 +164,7 @@ def learn(
     batch_size: int = 32,
     seed: int = 0,
     split: str = "test",
+    shuffle: bool = True,
     folder: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Record:
@@ -169,9 +174,10 @@ def learn(
         learner: changed in place.
         stream: what it sees, in order.
         epochs: passes over each experience; 1 is online learning.
-        batch_size: examples a step.
+        batch_size: examples a step. A last batch of one example is left out: batch norms cannot train on it.
         seed: order of the examples within an experience. Dropout follows torch's global generator, which is seeded
             inside a fork and so left as it was.
+        shuffle: otherwise the examples of an experience come in the order they have.
         split: what accuracies are measured on; choose settings on `validation`.
         folder: keep the state of the last boundary there and continue from it.
         progress: called with (name of the experience, steps done, steps).
@@ -185,7 +191,7 @@ def learn(
         raise InputError(f"epochs is at least 1, got {epochs}")
     identity = {
         **learner.identity(), "stream": stream.name, "experiences": [item.name for item in stream],
-        "epochs": epochs, "batch_size": batch_size, "order seed": seed, "split": split,
+        "epochs": epochs, "batch_size": batch_size, "order seed": seed if shuffle else None, "split": split,
     }  # fmt: skip
     record = Record([task.name for task in stream.tasks], [], [stream.row_of(task.task) for task in stream.tasks])
     path = None if folder is None else Path(folder) / "learner.safetensors"
@@ -208,7 +214,7 @@ def learn(
         start = time.perf_counter()
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + row)
-            _stage(learner, stream, row, epochs, batch_size, seed * 1009 + row, tick)
+            _stage(learner, stream, row, epochs, batch_size, seed * 1009 + row if shuffle else None, tick)
             if row == len(stream) - 1:
                 learner.end_stream()
         record.seconds += time.perf_counter() - start

@@ -267,6 +267,8 @@ class GradientLearner(Learner):
     def observe(self, batch: Batch) -> dict[str, float]:
         self.note_classes(batch.targets)
         self.model.train()
+        if len(batch) == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()):
+            raise InputError("the model has batch norms, which need two examples a batch, got 1; give larger batches")
         self.optimiser.zero_grad()
         loss = self.loss(batch)
         if not torch.isfinite(loss):
