@@ -117,7 +117,8 @@ def _scores(learner: Learner, experience: Experience, stream: Stream, split: str
 
 def evaluate(learner: Learner, stream: Stream, *, split: str = "test", batch_size: int = 256) -> dict[str, float]:
     """Score of every task of the stream: accuracy, or mean average precision where targets are multi-label."""
-    return {task.name: _scores(learner, task, stream, split, batch_size)[0] for task in stream.tasks}
+    with torch.random.fork_rng():
+        return {task.name: _scores(learner, task, stream, split, batch_size)[0] for task in stream.tasks}
 
 
 @dataclass
@@ -217,8 +218,8 @@ def learn(
             _stage(learner, stream, row, epochs, batch_size, seed * 1009 + row if shuffle else None, tick)
             if row == len(stream) - 1:
                 learner.end_stream()
-        record.seconds += time.perf_counter() - start
-        _note(record, learner, stream, row, split)
+            record.seconds += time.perf_counter() - start
+            _note(record, learner, stream, row, split)
         if path is not None:
             save_state({"identity": identity, "record": asdict(record), "learner": learner.state_dict()}, path)
     return record
