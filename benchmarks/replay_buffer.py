@@ -2,9 +2,9 @@
 
     python benchmarks/replay_buffer.py [--json FILE] [--repeats 5]
 
-The step is forward, backward and update of a small CNN on 32 new and 32 stored images of 3 x 32 x 32. The buffer is full,
-so a reservoir writes almost nothing and draws; the balanced policy also has to find out what enters. A list that copies
-one example at a time stands beside them.
+The step is forward, backward and update of a small CNN on 32 new and 32 stored images of 3 x 32 x 32. The buffer was
+shown 15,000 images before, so two in three of the new ones enter. A list that copies one example at a time stands
+beside it.
 """
 
 from __future__ import annotations

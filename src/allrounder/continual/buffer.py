@@ -2,11 +2,12 @@
 
 - `reservoir`: a uniform sample of everything seen. Item n (from 0) goes to slot n while there is room, then to slot
   j = randint(0, n) if j is a slot (Vitter, 1985); each of n items is kept with probability size / n.
-- `balanced`: the same share for every group (class), a uniform sample within each. Every item draws a random key, and
-  of each group those with the largest keys stay; groups with fewer examples leave their room to the others.
+- `balanced`: the same share for every group (class), a uniform sample within each; groups with fewer examples leave
+  their room to the others. While there is room every item enters; then an item of a group that never was the largest
+  takes a slot of the largest group, and others replace one of their own with probability held / seen (Chrysakis and
+  Moens, "Online Continual Learning from Imbalanced Data", ICML 2020).
 
-Cost of adding B examples: O(B) for the reservoir; for `balanced` one sort of the stored keys, and only when an item
-enters. Nothing is copied but what is stored.
+Cost of adding B examples: O(B) draws and list operations, and copies of what enters.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class Buffer:
         self.generator = torch.Generator().manual_seed(seed)
         self._columns: dict[str, Tensor] = {}
         self._filled = 0
-        self._keys = torch.full((size,), -1.0, dtype=torch.float64)
-        self._groups = torch.full((size,), -1, dtype=torch.long)
+        self._slots: dict[int, list[int]] = {}  # group -> where its examples are
+        self._met: dict[int, int] = {}  # group -> how many of it came by
+        self._largest: set[int] = set()  # groups that were the largest once
 
     def __len__(self) -> int:
         return self._filled
@@ -113,48 +115,30 @@ class Buffer:
         return torch.tensor(list(last.values()), dtype=torch.long), torch.tensor(list(last), dtype=torch.long)
 
     def _balanced(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        groups = groups.detach().cpu().long()
-        keys = torch.rand(len(groups), generator=self.generator, dtype=torch.float64)
-        if self._filled == self.size:  # most items of a long stream are below what their group already holds
-            known = self._groups.unique()
-            least = torch.stack([self._keys[self._groups == group].min() for group in known])
-            place = torch.searchsorted(known, groups).clamp(max=len(known) - 1)
-            old = known[place] == groups
-            counts = torch.bincount(torch.searchsorted(known, self._groups), minlength=len(known))
-            full = counts[place] >= counts.max()
-            candidates = (~(old & full & (keys < least[place]))).nonzero().flatten()
-            if not len(candidates):
-                return candidates, candidates
-        else:
-            candidates = torch.arange(len(groups))
-        held = torch.arange(self._filled)
-        all_keys = torch.cat([self._keys[held], keys[candidates]])
-        all_groups = torch.cat([self._groups[held], groups[candidates]])
-        kept = self._chosen(all_keys, all_groups)
-        stays, enters = kept[: self._filled], kept[self._filled :].nonzero().flatten()
-        free = torch.cat([(~stays).nonzero().flatten(), torch.arange(self._filled, self.size)])
-        slots, rows = free[: len(enters)], candidates[enters]
-        self._keys[slots], self._groups[slots] = keys[rows], groups[rows]
-        self._filled = max(self._filled, int(slots.max()) + 1 if len(slots) else 0)
-        return rows, slots
-
-    def _chosen(self, keys: Tensor, groups: Tensor) -> Tensor:
-        """Which items stay: the largest keys of each group, the room shared as evenly as the groups allow."""
-        if len(keys) <= self.size:
-            return torch.ones(len(keys), dtype=torch.bool)
-        order = torch.argsort(keys, descending=True, stable=True)
-        order = order[torch.argsort(groups[order], stable=True)]
-        counts = torch.unique_consecutive(groups[order], return_counts=True)[1]
-        rank = torch.arange(len(keys)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        level = torch.argsort(rank, stable=True)  # everyone's first item, everyone's second, ...
-        kept = torch.zeros(len(keys), dtype=torch.bool)
-        cut = rank[level][self.size]
-        ties = level[rank[level] == cut]
-        chosen = level[rank[level] < cut]
-        room = self.size - len(chosen)
-        best = ties[torch.argsort(keys[order[ties]], descending=True, stable=True)[:room]]
-        kept[order[torch.cat([chosen, best])]] = True
-        return kept
+        draws = torch.rand(len(groups), generator=self.generator, dtype=torch.float64).tolist()
+        taken = {}
+        for row, (group, draw) in enumerate(zip(groups.tolist(), draws, strict=True)):
+            own = self._slots.setdefault(group, [])
+            self._met[group] = self._met.get(group, 0) + 1
+            if self._filled < self.size:
+                own.append(self._filled)
+                taken[self._filled] = row
+                self._filled += 1
+                continue
+            if group not in self._largest:
+                most = max(len(slots) for slots in self._slots.values())
+                self._largest |= {other for other, slots in self._slots.items() if len(slots) == most}
+            if group in self._largest:
+                index = int(draw * self._met[group])
+                if index < len(own):
+                    taken[own[index]] = row
+            else:
+                other = self._slots[max(self._slots, key=lambda name: len(self._slots[name]))]
+                index = int(draw * len(other))
+                other[index], other[-1] = other[-1], other[index]
+                own.append(other.pop())
+                taken[own[-1]] = row
+        return torch.tensor(list(taken.values()), dtype=torch.long), torch.tensor(list(taken), dtype=torch.long)
 
     def sample(self, count: int) -> dict[str, Any]:
         """`count` stored examples, without repetition while there are enough, otherwise with.
@@ -185,7 +169,8 @@ class Buffer:
         return {
             "size": self.size, "policy": self.policy, "seen": self.seen, "filled": self._filled,
             "columns": {name: column[: self._filled].clone() for name, column in self._columns.items()},
-            "keys": self._keys.clone(), "groups": self._groups.clone(), "generator": self.generator.get_state(),
+            "slots": {group: list(slots) for group, slots in self._slots.items()}, "met": dict(self._met),
+            "largest": sorted(self._largest), "generator": self.generator.get_state(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,5 +189,6 @@ class Buffer:
         for name, column in state["columns"].items():
             self._columns[name] = column.new_empty(self.size, *column.shape[1:])
             self._columns[name][: self._filled] = column
-        self._keys, self._groups = state["keys"].clone(), state["groups"].clone()
+        self._slots = {group: list(slots) for group, slots in state["slots"].items()}
+        self._met, self._largest = dict(state["met"]), set(state["largest"])
         self.generator.set_state(state["generator"])

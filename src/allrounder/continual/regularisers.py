@@ -73,6 +73,8 @@ class _Anchored(GradientLearner):
 
     def _settle(self) -> None:
         self.anchor = [p.detach().clone() for p in self.parameters]
+        if not isinstance(self.optimiser, torch.optim.SGD):
+            return  # adaptive steps are bounded by themselves
         rate = self.lr * self.factor * self.strength * max(float(value.max()) for value in self.importance)
         if rate >= 2:
             raise InputError(
