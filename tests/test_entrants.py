@@ -42,7 +42,8 @@ def bench_of(parts):
         options = {} if how is None else how(trained)
         return fit(trained, hidden, steps=3, lr=1e-3, batch_size=16, seed=0, **options).backbone.state_dict()
 
-    return Bench(hidden, model, start, dict(experts), joint, seed=0)
+    tuning = {"steps": 2, "lr": 1e-3, "batch_size": 256, "weight_decay": 0.0}
+    return Bench(hidden, model, start, dict(experts), joint, seed=0, tuning=tuning)
 
 
 @pytest.mark.parametrize("name", list(ENTRANTS))
@@ -66,3 +67,13 @@ def test_a_method_enters_and_answers_and_leaves_all_as_it_was(parts, name):
     assert all(0.05 < value <= 1 for value in found[0].values())
     after = [value for weights in (model.state_dict(), *experts.values()) for value in weights.values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_learning_in_sequence_reports_what_was_kept_and_only_what_was_met(parts):
+    outcome = ENTRANTS["continual/er"].enter(bench_of(parts), buffer=20)
+    values = outcome.matrix["values"]
+    assert outcome.matrix["rows"] == outcome.matrix["columns"] == ["straight", "turned"]
+    assert values[0][1] is None
+    assert all(0 <= value <= 1 for value in (values[0][0], *values[1]))
+    assert "example gradients" in outcome.note
+    assert "20 stored" in outcome.note

@@ -84,6 +84,8 @@ def test_ways_of_training_together_stand_under_one_key(tmp_path):
         }
     (tmp_path / "recipe.yaml").write_text("methods: {multitask: [mt-adamw]}")
     assert load_recipe(tmp_path / "recipe.yaml").methods == {"multitask/mt-adamw": {}}
+    (tmp_path / "recipe.yaml").write_text("methods: {multitask: [mean], continual: {er: {buffer: 5}}}")
+    assert load_recipe(tmp_path / "recipe.yaml").methods == {"multitask/mean": {}, "continual/er": {"buffer": 5}}
     (tmp_path / "recipe.yaml").write_text("methods: {multitask: {mt-adam: {}}}")
     with pytest.raises(
         ar.InputError, match="methods.multitask/mt-adam: no such method; did you mean 'multitask/mt-adamw'"

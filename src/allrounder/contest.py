@@ -51,6 +51,7 @@ class Bench:
         joint: trains a copy of the model on all tasks together; takes a function from that copy to further
             arguments of `fit` (`sampler`, `update`, `optimiser`).
         seed: of everything random.
+        tuning: how one specialist is fine-tuned: `lr`, `batch_size`, `weight_decay`, and `steps` or `epochs`.
         progress: called with (steps done, steps).
     """
 
@@ -60,6 +61,7 @@ class Bench:
     experts: Mapping[str, Weights]
     joint: Callable[..., Weights]
     seed: int
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = None
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class Outcome:
         bytes: what has to be stored to serve all tasks (heads not counted).
         note: a setting that was chosen, in words.
         coefficients: name -> K numbers, where they were learned.
+        matrix: `rows`, `columns` and `values` of validation scores on each task after each, where tasks came in
+            sequence.
     """
 
     weights: Weights | None = None
@@ -103,6 +107,7 @@ class Outcome:
     bytes: int = 0
     note: str = ""
     coefficients: dict[str, list[float]] = field(default_factory=dict)
+    matrix: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,8 @@ class Entrant:
 
     Args:
         title: as the report has it.
-        family: what it needs or is: reference, training, data-free, unlabelled, labelled, keeps every task, chooses
-            per input.
+        family: what it needs or is: reference, training, in sequence, data-free, unlabelled, labelled, keeps every
+            task, chooses per input.
         paper: its slug in the catalogue, if it has one.
         enter: `(bench, **options) -> Outcome`; the options are keyword-only, with types that pydantic can check.
         default: whether it competes when a recipe names no methods.

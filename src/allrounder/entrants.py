@@ -13,6 +13,7 @@ from torch import Tensor
 from . import merging
 from .checkpoint import Weights
 from .contest import Bench, Count, Entrant, Outcome, Rate, Scale, Share, Steps, one_model, stored_bytes
+from .continual_entrants import IN_SEQUENCE
 from .multitask_entrants import TOGETHER
 from .nets.multitask import MultiTaskModel
 from .task import Batches
@@ -258,4 +259,4 @@ def _twin_merging(
     return Outcome(answer=lambda inputs, task: twin(inputs, task), bytes=twin.nbytes, note=f"rank ratio {rank_ratio:g}")
 
 
-ENTRANTS |= TOGETHER
+ENTRANTS |= TOGETHER | IN_SEQUENCE

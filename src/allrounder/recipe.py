@@ -51,8 +51,8 @@ class Recipe(_Strict):
         training: how missing experts are fine-tuned (`text` and hub suites).
         seed, seeds: the first seed and how many there are.
         methods: name -> options; a list of names for their defaults. `multitask` holds ways of training on all tasks
-            together, likewise: `multitask: {pcgrad: {}}` is `multitask/pcgrad: {}`. Default: all merging methods and
-            joint training.
+            together, `continual` ways of learning them one after another, likewise: `multitask: {pcgrad: {}}` is
+            `multitask/pcgrad: {}`. Default: all merging methods and joint training.
     """
 
     title: str = "Specialists and one model"
@@ -83,16 +83,16 @@ def _place(error: ValidationError, known: list[str]) -> str:
 
 
 def _methods(given: Any) -> Any:
-    """Lists of names become mappings, and what `multitask` holds gets its name in front."""
+    """Lists of names become mappings, and what `multitask` and `continual` hold gets their name in front."""
     if isinstance(given, list):
         given = {str(name): {} for name in given}
     if not isinstance(given, dict):
         return given
     found = {}
     for name, options in given.items():
-        inner = _methods(options) if name == "multitask" else None
+        inner = _methods(options) if name in ("multitask", "continual") else None
         if isinstance(inner, dict):
-            found |= {f"multitask/{key}": value for key, value in inner.items()}
+            found |= {f"{name}/{key}": value for key, value in inner.items()}
         else:
             found[name] = {} if options is None else options
     return found

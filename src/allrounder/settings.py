@@ -35,6 +35,7 @@ class Setting:
         make_expert: (base, task) -> a fine-tuned copy.
         make_joint: (base, progress, how) -> a copy trained on as many examples as all experts together. `how` takes
             the copy and gives further arguments of `fit`: `sampler`, `update`, `optimiser`.
+        tuning: how a specialist is fine-tuned: `lr`, `batch_size`, `weight_decay`, and `steps` or `epochs`.
         files: the folder whose configuration and tokenizer belong to the base's weights, if it has one.
     """
 
@@ -42,6 +43,7 @@ class Setting:
     make_base: Callable[[], MultiTaskModel]
     make_expert: Callable[[MultiTaskModel, str, Progress], MultiTaskModel]
     make_joint: Callable[[MultiTaskModel, Progress, How], MultiTaskModel]
+    tuning: dict[str, Any]
     files: Path | None = None
 
 
@@ -87,6 +89,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
             lambda: digits_base(suite, seed=seed),
             lambda base, task, progress: digits_expert(base, suite, task, seed=seed, progress=progress),
             partial(_together, suite=suite, steps=120 * len(suite), lr=3e-4, seed=seed),
+            {"steps": 120, "lr": 3e-4, "batch_size": 128, "weight_decay": 0.0},
         )
     from .nets.vision import EXPERT_LR, EXPERT_STEPS, image_base, image_expert, script_base
 
@@ -114,6 +117,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         make_base,
         lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress),
         partial(_together, suite=suite, steps=EXPERT_STEPS * len(suite), lr=EXPERT_LR, seed=seed),
+        {"steps": EXPERT_STEPS, "lr": EXPERT_LR, "batch_size": 128, "weight_decay": 0.0},
     )
 
 
@@ -146,6 +150,7 @@ def _text(recipe: Recipe, seed: int) -> Setting:
         base,
         lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
         lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
+        recipe.training.model_dump(),
         folder,
     )
 
@@ -171,6 +176,7 @@ def _clip(recipe: Recipe, seed: int) -> Setting:
         base,
         lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
         lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
+        recipe.training.model_dump(),
         folder,
     )
 

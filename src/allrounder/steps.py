@@ -176,7 +176,7 @@ def bench_of(recipe: Recipe, seed: int, steps: list[Step], out: Path, device: st
     def joint(how: Any = None) -> Any:
         return setting.make_joint(model, None, how).backbone.state_dict()
 
-    return Bench(setting.suite, model, base, placed, joint, seed), setting
+    return Bench(setting.suite, model, base, placed, joint, seed, setting.tuning), setting
 
 
 def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: str) -> dict[str, Any]:
@@ -209,6 +209,7 @@ def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: s
         "single": weights is not None,
         "note": "; ".join(note for note in notes if note),
         "coefficients": outcome.coefficients,
+        "matrix": outcome.matrix,
     }
     if step.name == "experts":
         result |= _matrices(bench)

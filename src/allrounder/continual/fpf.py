@@ -303,7 +303,7 @@ class FPF(Learner):
         for _ in range(self.steps):
             rows = torch.randperm(count, generator=self.generator)[:size]
             logits, targets = call(at(stored["inputs"], rows)), stored["targets"][rows]
-            loss = F.cross_entropy(logits, targets)
+            loss = self.learner.criterion(logits, targets)
             if self.distil:
                 loss = loss + self.distil * F.mse_loss(logits, stored["logits"][rows])
             if not torch.isfinite(loss):

@@ -195,12 +195,21 @@ class GradientLearner(Learner):
         weight_decay: of SGD.
         optimiser: parameters -> optimiser. Default: SGD with the settings above.
         parameters: what to train. Default: all of the model that require gradients.
-        mask: take the loss over all outputs (`none`) or those of the present task only (`task`; needs `class_list`).
+        mask: take the loss over all outputs (`none`), or over those of the example's own task (`task`; needs
+            `class_list`). With targets of 0 and 1 it is the present task's.
         seed: of everything random.
     """
 
     labels: ClassVar[frozenset[str]] = frozenset({"single", "multi"})
-    kept: ClassVar[tuple[str, ...]] = ("seen", "gradients", "model", "optimiser", "generator", "task_classes")
+    kept: ClassVar[tuple[str, ...]] = (
+        "seen",
+        "gradients",
+        "model",
+        "optimiser",
+        "generator",
+        "task_classes",
+        "together",
+    )
 
     def __init__(
         self,
@@ -231,6 +240,7 @@ class GradientLearner(Learner):
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.task_classes: list[int] | None = None
+        self.together = torch.zeros(outputs, outputs, dtype=torch.bool)  # whether two classes are of one task
         if mask == "task":
             self.needs = self.needs | {"class_list", "boundaries"}  # type: ignore[misc]
 
@@ -240,19 +250,19 @@ class GradientLearner(Learner):
 
     def begin_task(self, info: TaskInfo) -> None:
         self.task_classes = None if info.classes is None else list(info.classes)
+        if self.task_classes:
+            self.together[torch.tensor(self.task_classes).unsqueeze(1), torch.tensor(self.task_classes)] = True
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy, or binary cross-entropy for targets of 0 and 1; over the task's outputs with `mask`."""
         if logits.shape[1] != self.outputs:
             raise InputError(f"the model gives {logits.shape[1]} outputs, the learner was made for {self.outputs}")
-        if self.mask == "task" and self.task_classes is not None:
-            outside = torch.ones(self.outputs, dtype=torch.bool, device=logits.device)
-            outside[self.task_classes] = False
-            if targets.ndim == 2:
-                return F.binary_cross_entropy_with_logits(logits[:, ~outside], targets[:, ~outside].to(logits))
-            logits = logits.masked_fill(outside, float("-inf"))
+        masked = self.mask == "task" and self.task_classes is not None
         if targets.ndim == 2:
+            logits, targets = (x[:, self.task_classes] if masked else x for x in (logits, targets))
             return F.binary_cross_entropy_with_logits(logits, targets.to(logits))
+        if masked:
+            logits = logits.masked_fill(~self.together[targets.cpu()].to(logits.device), float("-inf"))
         return F.cross_entropy(logits, targets)
 
     def forward(self, inputs: Any, targets: Tensor | None = None) -> Tensor:

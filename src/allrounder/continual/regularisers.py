@@ -86,6 +86,17 @@ class _Anchored(GradientLearner):
         return {"importance": size_of(self.importance), "anchor": size_of(self.anchor)}
 
 
+class _Restricted(nn.Module):
+    """The outputs of one task's classes."""
+
+    def __init__(self, model: nn.Module, classes: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.model, self.classes = model, sorted(classes or ())
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.model(inputs)[:, self.classes]
+
+
 class EWC(_Anchored):
     """Elastic weight consolidation.
 
@@ -116,8 +127,11 @@ class EWC(_Anchored):
     def end_task(self, info: TaskInfo) -> None:
         pairs = ((batch.inputs, batch.targets) for batch in info.batches)
         seed = int(torch.randint(2**31, (), generator=self.generator))
-        found = fisher_information(self.model, pairs, labels=self.information, examples=self.examples, seed=seed)
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        model = self.model if self.mask == "none" else _Restricted(self.model, info.classes)
+        if self.mask == "task":
+            pairs = ((inputs, torch.searchsorted(torch.tensor(sorted(info.classes or ())), y)) for inputs, y in pairs)
+        found = fisher_information(model, pairs, labels=self.information, examples=self.examples, seed=seed)
+        names = {id(p): name for name, p in model.named_parameters()}
         fresh = [found[names[id(p)]].to(p) for p in self.parameters]
         self.importance = (
             [self.decay * old + new for old, new in zip(self.importance, fresh, strict=True)]

@@ -32,6 +32,9 @@ that the command line prints. The dict is `report.json`; a figure that is no num
     cosine    names (experts), values (cosines between task vectors); mean over seeds
     coefficients  list, one entry for each method that learned some, of the first seed
         method, rows (experts), columns (tensors, or one for all), values
+    sequences  list, one entry for each method that learned the tasks one after another
+        method, rows (what came), columns (tasks), values (score on validation, null before a task was learned);
+        mean over seeds
     ran       command, device, cores, started, seconds, versions (package -> version),
               steps (list of name, seconds, cached)
     notes     sentences on how to read the figures, and on what is missing and why

@@ -19,9 +19,11 @@ __all__ = ["build"]
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
+MERGES = ("data-free", "unlabelled", "labelled", "keeps every task", "chooses per input")
 NEEDS = {
     "reference": "nothing",
     "training": "all training data",
+    "in sequence": "training data, task by task",
     "data-free": "no data",
     "unlabelled": "unlabelled data",
     "labelled": "labelled data",
@@ -78,7 +80,7 @@ def _choose(results: Results) -> str | None:
     merged = {
         name: fmean(mean(one["validation"]) for one in by_seed.values())
         for name, by_seed in results.items()
-        if ENTRANTS[name].family not in ("reference", "training") and all(one["single"] for one in by_seed.values())
+        if ENTRANTS[name].family in MERGES and all(one["single"] for one in by_seed.values())
     }
     return max((name for name in merged if math.isfinite(merged[name])), key=lambda name: merged[name], default=None)
 
@@ -149,6 +151,8 @@ def build(
         return [[fmean(values) for values in zip(*table, strict=True)] for table in zip(*tables, strict=True)]
 
     learned = {name: results[name][recipe.seed].get("coefficients") for name in methods}
+    matrices = {name: [one.get("matrix") for one in results[name].values()] for name in methods}
+    matrices = {name: found for name, found in matrices.items() if all(found)}
     report: dict[str, Any] = {
         "title": recipe.title,
         "suite": recipe.suite,
@@ -175,6 +179,18 @@ def build(
             }
             for name, found in learned.items()
             if found
+        ],
+        "sequences": [
+            {
+                "method": name,
+                "rows": found[0]["rows"],
+                "columns": found[0]["columns"],
+                "values": [
+                    [None if None in values else fmean(values) for values in zip(*rows, strict=True)]
+                    for rows in zip(*(one["values"] for one in found), strict=True)
+                ],
+            }
+            for name, found in matrices.items()
         ],
         "ran": {"versions": versions(), **account},
         "notes": [

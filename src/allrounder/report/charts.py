@@ -163,7 +163,7 @@ def _name(
 def tradeoff(lines: Sequence[Line], *, unit: float, narrow: bool, label: str, metric: str) -> str:
     """Normalised score against bytes stored, with the front that no method beats on both.
 
-    Joint training is drawn, but not part of the front: it merges nothing.
+    Training on all tasks, together or in sequence, is drawn, but not part of the front: it merges nothing.
 
     Args:
         lines: those without a mean are left out.
@@ -204,7 +204,7 @@ def tradeoff(lines: Sequence[Line], *, unit: float, narrow: bool, label: str, me
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
         axes.grid(color=GRID, linewidth=1)
         axes.set_axisbelow(True)
-        merges = [line.row["family"] != "training" for line in lines]
+        merges = [line.row["family"] not in ("training", "in sequence") for line in lines]
         front = _front([(x, y) if own else (x, -math.inf) for own, (x, y) in zip(merges, points)])
         steps = [points[i] for i in front]
         if steps:

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import charts
 from .ranking import MINUS, NOTHING, Line, answer, percent, ranking, seconds, size
+from .sequences import curves, marks
 from .svg import plain
 
 __all__ = ["page", "write"]
@@ -116,6 +117,30 @@ def _matrices(report: Mapping[str, Any], factor: int, titles: Mapping[str, str])
     return found
 
 
+def _sequences(report: Mapping[str, Any], factor: int, titles: Mapping[str, str]) -> dict[str, Any] | None:
+    """Figures, curves and their legend, where methods learned the tasks one after another."""
+    from markupsafe import Markup
+
+    given = report.get("sequences")
+    if not given:
+        return None
+    figures = []
+    for i, found in enumerate(given):
+        title = titles.get(found["method"], found["method"])
+        text = "A row is what had been learned last, a column a task; below the diagonal is what was forgotten."
+        svg = charts.heat(
+            found["rows"], found["columns"], found["values"], name=f"learned-{i}", label=f"{title}. {text}",
+            show=lambda value: f"{value * factor:.0f}" if factor == 100 else f"{value:.2g}", across="the tasks",
+        )  # fmt: skip
+        figures.append((title, Markup(svg)))
+    signs = [(series, sign) for series, _, sign in marks(len(given))]
+    return {
+        "figures": figures,
+        "curves": [(task, Markup(svg)) for task, svg in curves(given, titles, factor=factor)],
+        "legend": [(*sign, titles.get(found["method"], found["method"])) for sign, found in zip(signs, given)],
+    }
+
+
 def page(report: Mapping[str, Any]) -> str:
     """The page as text.
 
@@ -153,6 +178,7 @@ def page(report: Mapping[str, Any]) -> str:
         charts={name: [Markup(svg) for svg in pair] for name, pair in drawn.items()},
         legend=[(i, *charts.GROUPS[i]) for i in sorted({charts.group(line.row["family"]) for line in lines})],
         matrices=_matrices(report, factor, titles),
+        sequences=_sequences(report, factor, titles),
         papers=_papers(lines),
         unit=unit,
         in_percent=factor == 100,

@@ -109,7 +109,7 @@ def answer(report: Report) -> list[str]:
     known = {line.row["name"]: line for line in lines if line.mean is not None}
     if "base" in known:
         found.append(f"The base model, before any fine-tuning, reaches {known['base'].mean:.1f}%.")
-    merged = [line for line in known.values() if line.row["family"] not in ("reference", "training")]
+    merged = [line for line in known.values() if line.row["family"] not in ("reference", "training", "in sequence")]
     if best is not None and best.mean is not None:
         better = next((line for line in merged if line.row["single"] and (line.mean or 0) > best.mean), None)
         if better:
