@@ -20,6 +20,7 @@ KEPT = {
     "adamerging-plus": (79, 1, True), "atlas": (85.4, 1, True), "self-positioning": (75, 1, True),
     "consensus": (72, 1, True), "tall-masks": (98, 1.19, False), "twin-merging": (88, 1.72, False),
     "joint": (97, 1, True), "experts": (100, 6, False),
+    "continual/finetune": (74, 1, True), "continual/er": (93, 1, True),
 }  # fmt: skip
 
 
@@ -46,6 +47,10 @@ def make_results(
                 "merge_seconds": draw.uniform(0.002, 4), "note": "scale 0.3" if name == "task-arithmetic" else "",
                 "coefficients": {column: [draw.gauss(0.35, 0.2) for _ in tasks] for column in columns},
             }  # fmt: skip
+    for name in (name for name in results if name.startswith("continual/")):
+        for one in results[name].values():
+            values = [[draw.uniform(0.3, 1) if j <= i else None for j in range(len(tasks))] for i in range(len(tasks))]
+            one["matrix"] = {"rows": tasks, "columns": tasks, "values": values}
     for seed in seeds:
 
         def square(one: float, other: float) -> list[list[float]]:
@@ -69,7 +74,7 @@ def made() -> Any:
         tasks: list[str] = DIGITS, seeds: int = 3, methods: list[str] | None = None, change: Any = None,
         tensors: int = 6, command: str = "allrounder run --out run", **recipe: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        methods = [name for name in ENTRANTS if name in KEPT] if methods is None else methods
+        methods = [name for name in ENTRANTS if name in KEPT and ENTRANTS[name].default] if methods is None else methods
         all_seeds = list(range(seeds))
         results = make_results(tasks, all_seeds, methods, tensors=tensors)
         if change:

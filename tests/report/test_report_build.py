@@ -110,3 +110,14 @@ def test_each_method_is_cited_by_its_own_paper(made):
         "slug": "adamerging", "title": "AdaMerging: Adaptive Model Merging for Multi-Task Learning",
         "authors": found["adamerging"]["paper"]["authors"], "venue": "ICLR", "year": 2024, "arxiv": "2310.02575",
     }  # fmt: skip
+
+
+def test_learners_in_sequence_bring_their_matrix_and_are_never_the_chosen_merge(made):
+    report = made(methods=["base", "experts", "average", "continual/er", "continual/finetune"])
+    assert [entry["method"] for entry in report["sequences"]] == ["continual/er", "continual/finetune"]
+    values = report["sequences"][0]["values"]
+    assert [[value is None for value in row] for row in values] == [[j > i for j in range(6)] for i in range(6)]
+    assert all(0.3 <= value <= 1 for row in values for value in row if value is not None)
+    assert report["chosen"]["method"] == "average"
+    assert rows(report)["continual/er"]["needs"] == "training data, task by task"
+    assert made(methods=FEW)["sequences"] == []

@@ -379,3 +379,17 @@ def test_in_a_browser_nothing_overflows_and_the_console_is_silent(report, html, 
         assert one["drawings"] == {"digits": 2 + 2 + 5, "hostile": 2 + 2 + 1, "many": 2 + 2 + 1}[name.split()[0]]
         assert one["smallest"] >= 8, name
     assert found["hostile 360"]["title"] == "<script>alert(1)</script> & $x_1$"
+
+
+def test_tasks_in_sequence_are_drawn_by_task_and_by_method(made):
+    names = ["base", "experts", "average", "continual/er", "continual/finetune"]
+    text = page(made(tasks=HOSTILE, methods=names))
+    read = Read(text)
+    assert "One task after another" in read.text
+    labels = [unescape(attrs.get("aria-label", "")) for tag, attrs in read.elements if tag == "svg"]
+    curves = [label for label in labels if "score after each task" in label]
+    assert len(curves) == len(HOSTILE)
+    assert all("In sequence: ER: " in label and "In sequence: finetuning: " in label for label in curves)
+    assert sum("below the diagonal" in label for label in labels) == 2
+    assert len(drawings(text)) == text.count("<svg")
+    assert "One task after another" not in page(made(methods=FEW))
