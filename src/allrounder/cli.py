@@ -83,6 +83,8 @@ def run(
     typer.echo(f"report: {out / 'report.html'}")
     if report["chosen"]:
         typer.echo(f"merged: {out / 'merged'}")
+    for row in report.get("compressed", {}).get("rows", []):
+        typer.echo(f"{row['title']}: {out / row['path']} ({row['bytes'] / 1e6:,.2f} MB, {row['latency'] * 1e3:.3g} ms)")
 
 
 @app.command()

@@ -53,6 +53,7 @@ class Recipe(_Strict):
         methods: name -> options; a list of names for their defaults. `multitask` holds ways of training on all tasks
             together, `continual` ways of learning them one after another, likewise: `multitask: {pcgrad: {}}` is
             `multitask/pcgrad: {}`. Default: all merging methods and joint training.
+        compress: name -> options, or a list: what to do with the chosen merged model, to make it smaller.
     """
 
     title: str = "Specialists and one model"
@@ -68,6 +69,7 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    compress: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property
     def all_seeds(self) -> list[int]:
@@ -99,15 +101,25 @@ def _methods(given: Any) -> Any:
 
 
 def _check_methods(recipe: Recipe, where: str) -> None:
+    from .compressors import COMPRESSORS, ELSEWHERE
     from .entrants import ENTRANTS
 
-    for name, options in recipe.methods.items():
-        if name not in ENTRANTS:
-            raise InputError(f"{where}, methods.{name}: no such method; {nearest(name, list(ENTRANTS))}")
-        parameters = inspect.signature(ENTRANTS[name].enter, eval_str=True).parameters
+    if elsewhere := [name for name in recipe.compress if name in ELSEWHERE]:
+        raise InputError(f"{where}, compress.{elsewhere[0]}: {ELSEWHERE[elsewhere[0]]}")
+    _check_options(recipe.methods, {name: entrant.enter for name, entrant in ENTRANTS.items()}, f"{where}, methods")
+    shrinks = {name: compressor.shrink for name, compressor in COMPRESSORS.items()}
+    _check_options(recipe.compress, shrinks, f"{where}, compress")
+
+
+def _check_options(given: dict[str, dict[str, Any]], there: dict[str, Any], where: str) -> None:
+    """Names and the values of keyword-only options, converted in place."""
+    for name, options in given.items():
+        if name not in there:
+            raise InputError(f"{where}.{name}: no such method; {nearest(name, list(there))}")
+        parameters = inspect.signature(there[name], eval_str=True).parameters
         known = {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
         for key, value in options.items():
-            place = f"{where}, methods.{name}.{key}"
+            place = f"{where}.{name}.{key}"
             if key not in known:
                 hint = nearest(key, list(known)) if known else "it has no options"
                 raise InputError(f"{place}: no such option; {hint}")
@@ -144,8 +156,9 @@ def load_recipe(path: str | Path | None = None, **changes: Any) -> Recipe:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"{where} must be a mapping of keys, got {type(content).__name__}")
-    if "methods" in content:
-        content["methods"] = _methods(content["methods"])
+    for key in ("methods", "compress"):
+        if key in content:
+            content[key] = _methods(content[key])
     try:
         recipe = Recipe.model_validate(content | {key: value for key, value in changes.items() if value is not None})
     except ValidationError as error:

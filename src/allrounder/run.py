@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .errors import InputError
 from .recipe import Recipe
-from .steps import Step, bench_of, plan, work, write_json
+from .steps import Step, bench_of, plan, plan_compression, work, write_json
 
 if TYPE_CHECKING:
     from .task import Suite
 
 __all__ = ["run"]
+
+TITLES = {
+    "base": "training the base", "expert": "training the specialists", "score": "merging and scoring",
+    "merged": "keeping the chosen model", "compress": "making it smaller",
+}  # fmt: skip
 
 
 def _parallel(jobs: int, cluster: str | None, calls: list[Any]) -> Iterable[Any]:
@@ -85,7 +90,7 @@ def run(
         progress: called with (what is being done, steps done, steps).
 
     Returns:
-        The report, as in `report.json`; `report.html` and `merged/` stand beside it.
+        The report, as in `report.json`; `report.html`, `merged/` and, where asked for, `compressed/` stand beside it.
 
     Raises:
         InputError: when another process holds the folder, or it holds something else.
@@ -127,7 +132,7 @@ def _run(
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:  # fmt: skip
     from .entrants import ENTRANTS
-    from .report import build, write
+    from .report import build, compressed, write
 
     tasks = list(suite)
     metric = getattr(next(iter(suite.values())).metric, "__name__", "score").replace("_", " ")
@@ -139,34 +144,51 @@ def _run(
     text = recipe.model_dump_json()
     threads = 1 if jobs > 1 or cluster else max(1, jobs)
     done, log, cached = 0, [], []
-    for stage in stages:
+
+    def carry_out(stage: list[Step]) -> None:
+        nonlocal done
         todo = [step for step in stage if not (out / "steps" / step.file).is_file()]
-        cached += [step for step in stage if step not in todo]
+        cached.extend(step for step in stage if step not in todo)
         done += len(stage) - len(todo)
         if not todo:
-            continue
+            return
         from joblib import delayed
 
-        titles = {"base": "training the base", "expert": "training the specialists", "score": "merging and scoring"}
-        progress(titles[stage[0].kind], done, len(steps))
+        progress(TITLES[stage[0].kind], done, len(steps))
         for step, seconds in _parallel(
             jobs, cluster, [delayed(work)(text, step, steps, out, device, threads) for step in todo]
         ):
             done += 1
             log.append({"name": step.title, "seconds": seconds})
-            progress(titles[step.kind], done, len(steps))
+            progress(TITLES[step.kind], done, len(steps))
+
+    for stage in stages:
+        carry_out(stage)
     results = {
         name: {
             step.seed: json.loads((out / "steps" / step.file).read_text()) for step in stages[2] if step.name == name
         }
         for name in methods
     }  # fmt: skip
+    report = build(recipe, tasks, methods, results, {}, metric=metric)
+    if recipe.compress and report["chosen"]:
+        more = plan_compression(recipe, stages[2], report["chosen"]["method"])
+        steps += [step for stage in more for step in stage]
+        for stage in more:
+            carry_out(stage)
+        smaller = {
+            name: {
+                step.seed: json.loads((out / "steps" / step.file).read_text()) for step in more[1] if step.name == name
+            }
+            for name in recipe.compress
+        }
+        report["compressed"] = compressed(recipe, report, smaller)
     account = {
         "command": command, "device": device, "cores": jobs, "started": started,
         "steps": [entry | {"seconds": round(entry["seconds"], 2), "cached": False} for entry in log]
         + [{"name": step.title, "seconds": 0.0, "cached": True} for step in cached],
     }  # fmt: skip
-    report = build(recipe, tasks, methods, results, account, metric=metric)
+    report["ran"] |= account
     progress("writing the best model", done, len(steps))
     if report["chosen"]:
         _export(recipe, report, stages, out, device)

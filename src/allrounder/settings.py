@@ -36,6 +36,7 @@ class Setting:
         make_joint: (base, progress, how) -> a copy trained on as many examples as all experts together. `how` takes
             the copy and gives further arguments of `fit`: `sampler`, `update`, `optimiser`.
         tuning: how a specialist is fine-tuned: `lr`, `batch_size`, `weight_decay`, and `steps` or `epochs`.
+        make_small: (model, share) -> a smaller model of the suite's kind with the model's heads, if there is one.
         files: the folder whose configuration and tokenizer belong to the base's weights, if it has one.
     """
 
@@ -44,7 +45,23 @@ class Setting:
     make_expert: Callable[[MultiTaskModel, str, Progress], MultiTaskModel]
     make_joint: Callable[[MultiTaskModel, Progress, How], MultiTaskModel]
     tuning: dict[str, Any]
+    make_small: Callable[[MultiTaskModel, float], MultiTaskModel] | None = None
     files: Path | None = None
+
+
+def _heads(model: MultiTaskModel) -> dict[str, Any]:
+    return copy.deepcopy(dict(model.heads.items()))
+
+
+def _fewer_layers(model: MultiTaskModel, share: float) -> MultiTaskModel:
+    """The encoder with the first of its layers, their weights copied."""
+    from .compression.encoder_states import build_student
+
+    backbone: Any = copy.copy(model.backbone)
+    backbone._modules = dict(model.backbone._modules)
+    inner: Any = model.backbone.model
+    backbone.model = build_student(inner, layers=max(1, round(share * inner.config.num_hidden_layers)))
+    return MultiTaskModel(backbone, _heads(model))
 
 
 def _chosen(suite: Suite, recipe: Recipe) -> Suite:
@@ -80,7 +97,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
     if recipe.base is not None:
         raise InputError(f"suite {recipe.suite!r} makes its own base model; leave out 'base', or use suite 'text'")
     if recipe.suite == "digits":
-        from .data.digits import digits, digits_base, digits_expert
+        from .data.digits import digits, digits_base, digits_expert, digits_shape
 
         suite = _chosen(digits(seed=seed), recipe)
 
@@ -90,8 +107,9 @@ def _own(recipe: Recipe, seed: int) -> Setting:
             lambda base, task, progress: digits_expert(base, suite, task, seed=seed, progress=progress),
             partial(_together, suite=suite, steps=120 * len(suite), lr=3e-4, seed=seed),
             {"steps": 120, "lr": 3e-4, "batch_size": 128, "weight_decay": 0.0},
+            lambda model, share: MultiTaskModel(digits_shape(suite, seed=seed, share=share).backbone, _heads(model)),
         )
-    from .nets.vision import EXPERT_LR, EXPERT_STEPS, image_base, image_expert, script_base
+    from .nets.vision import EXPERT_LR, EXPERT_STEPS, conv_net, image_base, image_expert, script_base
 
     if recipe.suite == "scripts":
         from .data.scripts import scripts
@@ -118,6 +136,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress),
         partial(_together, suite=suite, steps=EXPERT_STEPS * len(suite), lr=EXPERT_LR, seed=seed),
         {"steps": EXPERT_STEPS, "lr": EXPERT_LR, "batch_size": 128, "weight_decay": 0.0},
+        lambda model, share: MultiTaskModel(conv_net(seed=seed, share=share), _heads(model)),
     )
 
 
@@ -151,6 +170,7 @@ def _text(recipe: Recipe, seed: int) -> Setting:
         lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
         lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
         recipe.training.model_dump(),
+        _fewer_layers,
         folder,
     )
 
@@ -177,7 +197,7 @@ def _clip(recipe: Recipe, seed: int) -> Setting:
         lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
         lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
         recipe.training.model_dump(),
-        folder,
+        files=folder,
     )
 
 
@@ -196,7 +216,8 @@ def make_setting(recipe: Recipe, seed: int) -> Setting:
         InputError: for tasks, data or models that cannot be had.
     """
     return _cached(
-        recipe.model_copy(update={"methods": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(), seed
+        recipe.model_copy(update={"methods": {}, "compress": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(),
+        seed,
     )
 
 

@@ -10,21 +10,22 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .recipe import Recipe
 
-__all__ = ["Step", "bench_of", "plan", "work", "write_json"]
+__all__ = ["Step", "bench_of", "plan", "plan_compression", "work", "write_json"]
 
 VERSION = "1"  # of the steps' meaning: raise it when a method's result changes
 
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work: `kind` is base, expert, score (of a method) or export."""
+    """One piece of work: `kind` is base, expert, score (of a method), merged (the chosen model) or compress."""
 
     kind: str
     seed: int
@@ -39,7 +40,9 @@ class Step:
     @property
     def file(self) -> str:
         label = "-".join(part for part in (self.kind, self.name.replace("/", "."), str(self.seed)) if part)
-        return f"{label}-{self.fingerprint}" + (".safetensors" if self.kind in ("base", "expert") else ".json")
+        return f"{label}-{self.fingerprint}" + (
+            ".safetensors" if self.kind in ("base", "expert", "merged") else ".json"
+        )
 
 
 def _fingerprint(*parts: Any) -> str:
@@ -83,6 +86,20 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
         bases.append(base)
         experts += made
     return [bases, experts, scores]
+
+
+def plan_compression(recipe: Recipe, scores: list[Step], chosen: str) -> list[list[Step]]:
+    """Two stages more: the chosen model of each seed, and what is made of it."""
+    merged, smaller = [], []
+    for step in scores:
+        if step.name != chosen:
+            continue
+        made = Step("merged", step.seed, chosen, step.options, _fingerprint(step.fingerprint))
+        merged.append(made)
+        for name, options in recipe.compress.items():
+            mark = _fingerprint(made.fingerprint, name, options, recipe.training.model_dump())
+            smaller.append(Step("compress", step.seed, name, options, mark))
+    return [merged, smaller]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -160,6 +177,14 @@ def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str
         else:
             weights = setting.make_expert(model, step.name, None).backbone.state_dict()
         _write_weights(path, dict(weights), {})
+    elif step.kind == "merged":
+        from .entrants import ENTRANTS
+
+        bench, _ = bench_of(recipe, step.seed, steps, out, device)
+        weights = ENTRANTS[step.name].enter(bench, **step.options).weights
+        _write_weights(path, {name: weights[name] for name in weights}, {})
+    elif step.kind == "compress":
+        write_json(path, _compress(recipe, step, steps, out, device))
     else:
         write_json(path, _compete(recipe, step, steps, out, device) | {"seconds": time.perf_counter() - start})
     return step, time.perf_counter() - start
@@ -214,6 +239,41 @@ def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: s
     if step.name == "experts":
         result |= _matrices(bench)
     return result
+
+
+def _compress(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: str) -> dict[str, Any]:
+    """Make the chosen model of a seed smaller: scores, bytes and latency beside the merged model's."""
+    from .checkpoint import Checkpoint
+    from .compression.footprint import footprints
+    from .compressors import COMPRESSORS, SmallBench, write_smaller
+    from .scoring import score
+    from .task import Batches, Suite, to_device
+    from .train import load_weights
+
+    bench, setting = bench_of(recipe, step.seed, steps, out, device)
+    source = next(other for other in steps if other.kind == "merged" and other.seed == step.seed)
+    load_weights(bench.model.backbone, Checkpoint(out / "steps" / source.file))
+    unseen = Suite([replace(task, test=task.validation) for task in bench.suite.values()], name=bench.suite.name)
+    small = SmallBench(bench.model, unseen, setting.make_small, bench.tuning, step.seed)
+    start = time.perf_counter()
+    found = COMPRESSORS[step.name].shrink(small, **step.options)
+    seconds = time.perf_counter() - start
+    model = found.model.to(bench.device).eval()
+    inputs = to_device(next(iter(Batches(next(iter(bench.suite.values())).validation, 32)))[0], bench.device)
+    costs = footprints({"merged": bench.model.backbone, "smaller": model.backbone}, (inputs,))  # type: ignore[dict-item]
+    if step.seed == recipe.seed:
+        target = out / "compressed" / step.name
+        shutil.rmtree(target, ignore_errors=True)
+        write_smaller(found, target, like=setting.files, metadata={"method": step.name})
+    return {
+        "scores": score(model, bench.suite, split="test"),
+        "validation": score(model, bench.suite, split="validation"),
+        "bytes": int(found.bytes),
+        "latency": costs["smaller"].latency,
+        "merged_latency": costs["merged"].latency,
+        "seconds": seconds,
+        "note": found.note,
+    }
 
 
 def _matrices(bench: Any) -> dict[str, Any]:

@@ -6,19 +6,30 @@ other and returns a `Record` with the matrix of accuracies.
 
 from .baselines import AGEM, ER, DERpp, Finetune, GDumb, Joint
 from .buffer import Buffer
+from .change_detection import AtChanges, LossJump
 from .driver import Record, evaluate, learn
 from .fpf import FPF, change, sensitive, trigger_steps
+from .ibcl import IBCL
+from .l2p import L2P
 from .learner import Batch, GradientLearner, Learner, TaskInfo, check
 from .measures import average_accuracy, backward_transfer, forgetting, forward_transfer, plasticity
+from .mos import MOS
+from .multi_label import MultiLabelLwF, glyph_grids, split_by_label
+from .multi_lane import MultiLane
 from .power_law import power_law, rehearsal_counts, rehearsal_shares
+from .prompt_src import PromptSRC, gaussian_weights, load_prompts, prompt_src_loss, save_prompts
+from .prompt_src_clip import PromptedCLIP
 from .regularisers import EWC, SI, LwF
 from .simple_cil import SimpleCIL
 from .stream import Experience, Stream, average_precision, hide, in_sequence, permuted, revisit, split_by_class
+from .tame import TAME, expert_accuracies
 
 __all__ = [
-    "AGEM", "ER", "EWC", "FPF", "SI", "Batch", "Buffer", "DERpp", "Experience", "Finetune", "GDumb",
-    "GradientLearner", "Joint", "Learner", "LwF", "Record", "SimpleCIL", "Stream", "TaskInfo", "average_accuracy",
-    "average_precision", "backward_transfer", "change", "check", "evaluate", "forgetting", "forward_transfer",
-    "hide", "in_sequence", "learn", "permuted", "plasticity", "power_law", "rehearsal_counts", "rehearsal_shares",
-    "revisit", "sensitive", "split_by_class", "trigger_steps",
+    "AGEM", "ER", "EWC", "FPF", "IBCL", "L2P", "MOS", "SI", "TAME", "AtChanges", "Batch", "Buffer", "DERpp",
+    "Experience", "Finetune", "GDumb", "GradientLearner", "Joint", "Learner", "LossJump", "LwF", "MultiLabelLwF",
+    "MultiLane", "PromptSRC", "PromptedCLIP", "Record", "SimpleCIL", "Stream", "TaskInfo", "average_accuracy",
+    "average_precision", "backward_transfer", "change", "check", "evaluate", "expert_accuracies", "forgetting",
+    "forward_transfer", "gaussian_weights", "glyph_grids", "hide", "in_sequence", "learn", "load_prompts",
+    "permuted", "plasticity", "power_law", "prompt_src_loss", "rehearsal_counts", "rehearsal_shares", "revisit",
+    "save_prompts", "sensitive", "split_by_class", "split_by_label", "trigger_steps",
 ]  # fmt: skip

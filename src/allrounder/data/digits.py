@@ -60,9 +60,13 @@ def digits(*, seed: int = 0) -> Suite:
     return Suite([task(name, view) for name, view in VIEWS.items()], name="digits")
 
 
-def digits_shape(suite: Suite, *, seed: int = 0) -> MultiTaskModel:
-    """The untrained model: a 64-256-256-64 GELU network with features on the unit sphere, and one head a task."""
-    backbone = nn.Sequential(mlp([64, 256, 256, WIDTH], seed=seed), Normalize())
+def digits_shape(suite: Suite, *, seed: int = 0, share: float = 1.0) -> MultiTaskModel:
+    """The untrained model: a 64-256-256-64 GELU network with features on the unit sphere, and one head a task.
+
+    `share` is what is left of the two widths of 256.
+    """
+    wide = max(1, round(256 * share))
+    backbone = nn.Sequential(mlp([64, wide, wide, WIDTH], seed=seed), Normalize())
     return MultiTaskModel(backbone, {name: class_head(torch.ones(10, WIDTH), temperature=1 / 12) for name in suite})
 
 

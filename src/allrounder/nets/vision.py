@@ -47,15 +47,19 @@ EXPERT_LR = 1e-3
 Progress = Callable[[int, int], None] | None
 
 
-def conv_net(*, seed: int) -> nn.Sequential:
-    """The untrained backbone, initialised from `seed`: `(N, 1, 28, 28)` -> `(N, 64)` of unit length."""
+def conv_net(*, seed: int, share: float = 1.0) -> nn.Sequential:
+    """The untrained backbone, initialised from `seed`: `(N, 1, 28, 28)` -> `(N, 64)` of unit length.
+
+    `share` is what is left of the channels, in fours.
+    """
+    widths = [CHANNELS[0], *(max(4, 4 * round(share * channels / 4)) for channels in CHANNELS[1:])]
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     empty = nn.utils.skip_init  # without the default initialisation, which draws from torch's global generator
-    for before, channels in pairwise(CHANNELS):
+    for before, channels in pairwise(widths):
         conv = empty(nn.Conv2d, before, channels, 3, stride=2, padding=1)
         layers += [conv, nn.GroupNorm(4, channels), nn.ReLU()]
-    layers += [nn.Flatten(), empty(nn.Linear, 4 * CHANNELS[-1], WIDTH), Normalize()]
+    layers += [nn.Flatten(), empty(nn.Linear, 4 * widths[-1], WIDTH), Normalize()]
     for layer in layers:
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5, generator=generator)

@@ -35,13 +35,16 @@ that the command line prints. The dict is `report.json`; a figure that is no num
     sequences  list, one entry for each method that learned the tasks one after another
         method, rows (what came), columns (tasks), values (score on validation, null before a task was learned);
         mean over seeds
+    compressed  absent, or what was made of the chosen model
+        of        its name, title, mean, scores, bytes, and latency (seconds for 32 inputs, median, one thread)
+        rows      name, title, family, single, options, paper, scores, mean, bytes, latency, seconds, note, path
     ran       command, device, cores, started, seconds, versions (package -> version),
               steps (list of name, seconds, cached)
     notes     sentences on how to read the figures, and on what is missing and why
 """
 
-from .build import build
+from .build import build, compressed
 from .page import write
 from .ranking import summary
 
-__all__ = ["build", "summary", "write"]
+__all__ = ["build", "compressed", "summary", "write"]

@@ -15,7 +15,7 @@ from ..study import versions
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["build"]
+__all__ = ["build", "compressed"]
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -201,3 +201,34 @@ def build(
         ],
     }
     return _finite(report)
+
+
+def compressed(recipe: Recipe, report: Mapping[str, Any], results: Results) -> dict[str, Any]:
+    """What became of the chosen model, JSON-ready, beside the model itself; see `allrounder.report`."""
+    from ..compressors import COMPRESSORS
+
+    experts = next(row for row in report["methods"] if row["name"] == "experts")["scores"]
+    merged = next(row for row in report["methods"] if row["name"] == report["chosen"]["method"])
+    rows = []
+    for name, by_seed in results.items():
+        shares = {str(seed): _shares(one["scores"], experts[str(seed)]) for seed, one in by_seed.items()}
+        rows.append(
+            {
+                "name": name,
+                "title": COMPRESSORS[name].title,
+                "family": "labelled",
+                "single": True,
+                "options": dict(recipe.compress[name]),
+                "paper": _paper(name, COMPRESSORS[name].paper),
+                "scores": {str(seed): dict(one["scores"]) for seed, one in by_seed.items()},
+                "mean": {seed: value for seed, (_, value) in shares.items()},
+                "bytes": int(fmean(one["bytes"] for one in by_seed.values())),
+                "latency": fmean(one["latency"] for one in by_seed.values()),
+                "seconds": round(fmean(one["seconds"] for one in by_seed.values()), 3),
+                "note": " / ".join(dict.fromkeys(one["note"] for one in by_seed.values() if one["note"])),
+                "path": f"compressed/{name}/",
+            }
+        )
+    latency = fmean(one["merged_latency"] for by_seed in results.values() for one in by_seed.values())
+    of = {key: merged[key] for key in ("name", "title", "mean", "scores", "bytes")} | {"latency": latency}
+    return _finite({"of": of, "rows": rows})

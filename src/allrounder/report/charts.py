@@ -160,7 +160,9 @@ def _name(
         axes.annotate(text, at, at, ha=side, va="center", annotation_clip=False, weight=_bold(lines[i]), **pixels)
 
 
-def tradeoff(lines: Sequence[Line], *, unit: float, narrow: bool, label: str, metric: str) -> str:
+def tradeoff(
+    lines: Sequence[Line], *, unit: float, narrow: bool, label: str, metric: str, name: str = "tradeoff"
+) -> str:
     """Normalised score against bytes stored, with the front that no method beats on both.
 
     Training on all tasks, together or in sequence, is drawn, but not part of the front: it merges nothing.
@@ -171,6 +173,7 @@ def tradeoff(lines: Sequence[Line], *, unit: float, narrow: bool, label: str, me
         narrow: 320 pixels wide, or 960.
         label: what a screen reader says.
         metric: what the score is.
+        name: sets this chart's ids apart from the others' of the page.
     """
     lines = [line for line in lines if line.mean is not None]
     if not lines or unit <= 0:
@@ -218,7 +221,7 @@ def tradeoff(lines: Sequence[Line], *, unit: float, narrow: bool, label: str, me
         for (x, y), (x_next, y_next) in itertools.pairwise(pixel(x, y) for x, y in steps):
             taken += [(x, y - 1, x_next, y + 1), (x_next - 1, y, x_next + 1, y_next)]
         _name(axes, lines, places, front, taken, (0, 0, plot, rise))
-        return as_svg(figure, f"tradeoff-{narrow}", label)
+        return as_svg(figure, f"{name}-{narrow}", label)
 
 
 def heat(

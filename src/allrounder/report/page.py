@@ -141,6 +141,30 @@ def _sequences(report: Mapping[str, Any], factor: int, titles: Mapping[str, str]
     }
 
 
+def _smaller(report: Mapping[str, Any], metric: str) -> dict[str, Any] | None:
+    """The chosen model and what was made of it, and a chart of score against bytes."""
+    from markupsafe import Markup
+
+    given = report.get("compressed")
+    if not given:
+        return None
+    of = given["of"] | {
+        "family": "reference",
+        "single": True,
+        "note": "the merged model",
+        "paper": None,
+        "path": "merged/",
+    }
+    inner = {"methods": [of, *given["rows"]], "tasks": report["tasks"], "chosen": {"method": of["name"]}}
+    lines = ranking(inner)
+    told = ", ".join(f"{line.title} {percent(line.mean)} in {size(line.row['bytes'])}" for line in lines)
+    charts_of = [
+        Markup(charts.tradeoff(lines, unit=of["bytes"], narrow=narrow, metric=metric, label=told, name="smaller"))
+        for narrow in (False, True)
+    ]
+    return {"lines": lines, "charts": charts_of, "of": of}
+
+
 def page(report: Mapping[str, Any]) -> str:
     """The page as text.
 
@@ -179,6 +203,7 @@ def page(report: Mapping[str, Any]) -> str:
         legend=[(i, *charts.GROUPS[i]) for i in sorted({charts.group(line.row["family"]) for line in lines})],
         matrices=_matrices(report, factor, titles),
         sequences=_sequences(report, factor, titles),
+        smaller=_smaller(report, metric),
         papers=_papers(lines),
         unit=unit,
         in_percent=factor == 100,

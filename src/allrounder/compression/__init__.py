@@ -1,0 +1,32 @@
+"""Making a model smaller: quantise, prune, distil.
+
+`quantize` gives a BatchNorm network in 2 to 8 bits without its data (Genie). `d_pruner`, `sparsegpt`, `wanda` and
+`magnitude` zero weights of a causal language model, `prune_folder` from folder to folder. `ernie_tiny` and `distil` shrink
+an encoder in stages, `distil_folder` from folder to folder; `DualHead` teaches any classifier. `footprints` measures what
+a model costs.
+"""
+
+from .d_pruner import d_pruner, general_importance
+from .dual_head import RECIPES, Aligned, DualHead, DualHeadLoss, DualOutput, Recipe
+from .encoder_states import Encoder, States, build_student, uniform_map
+from .ernie_tiny import LatentLoss, RelationLoss, ernie_tiny
+from .folders import distil_folder
+from .footprint import Footprint, footprint, footprints
+from .genie import quantize
+from .genie_data import Synthesis
+from .genie_rounding import Rounding
+from .nearest import restore_weights, round_weights
+from .pruning import Pruned, keep_mask, prune_by
+from .pruning_baselines import magnitude, wanda
+from .pruning_folder import prune_folder
+from .quantized import QuantizedNetwork
+from .sparsegpt import sparsegpt
+from .stages import Stage, distil
+
+__all__ = [
+    "RECIPES", "Aligned", "DualHead", "DualHeadLoss", "DualOutput", "Encoder", "Footprint", "LatentLoss", "Pruned",
+    "QuantizedNetwork", "Recipe", "RelationLoss", "Rounding", "Stage", "States", "Synthesis", "build_student",
+    "d_pruner", "distil", "distil_folder", "ernie_tiny", "footprint", "footprints", "general_importance", "keep_mask",
+    "magnitude", "prune_by", "prune_folder", "quantize", "restore_weights", "round_weights", "sparsegpt",
+    "uniform_map", "wanda",
+]  # fmt: skip

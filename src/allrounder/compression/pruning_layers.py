@@ -1,0 +1,381 @@
+"""The parts of a causal language model that pruning works on, and calibration one block at a time.
+
+The blocks are the elements of the model's largest list of modules (`model.layers`, `transformer.h`, `blocks`), the
+matrices the linear layers inside them, as `(out, in)` whichever way they are stored (transformers' `Conv1D` is the
+other way round). Embeddings, norms and the head are left alone.
+
+`calibrate` walks through the blocks in order. It keeps the hidden states between two blocks, runs one block on them to
+gather `H = (2 / n) X X^T` (or its diagonal) for the inputs X of each linear layer, lets the block be pruned, and runs
+it again, so that later blocks see what the pruned ones give. Linear layers with one common input (query, key, value)
+share one H, and only the upper half of the symmetric product is computed.
+
+Cost: two forward passes without the head, sum of tokens * in^2 operations for H; memory: the model, the hidden states
+of the calibration text, and the statistics of one block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..state import load_state, save_state
+from .pruning_text import Batch, logits
+
+__all__ = ["Matrix", "Statistic", "blocks_of", "calibrate", "digest", "matrices"]
+
+PANEL = 128  # narrowest panel of the symmetric product
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One prunable weight: its parameter's name, its module, and whether it is stored as `(in, out)`."""
+
+    name: str
+    module: nn.Module
+    swapped: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """`(out, in)`, a view of the parameter without its graph: writing to it changes the model."""
+        weight = cast(Tensor, self.module.weight).detach()
+        return weight.T if self.swapped else weight
+
+
+@dataclass
+class Statistic:
+    """Second moments of the inputs of a linear layer.
+
+    Args:
+        second: `(2 / n) X X^T`, `(in, in)` float32; with diagonal statistics its diagonal `(in,)`.
+        tokens: n, padding not counted.
+    """
+
+    second: Tensor
+    tokens: int = 0
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its name.
+
+    Raises:
+        InputError: when there is none, or the model is an encoder with a decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(f"a {type(model).__name__} is an encoder with a decoder; give a causal language model")
+    outer: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{found}.") for found, _ in outer)
+        if isinstance(module, nn.ModuleList) and not inside and any(_is_linear(part) for part in module.modules()):
+            outer.append((name, module))
+    if not outer:
+        raise InputError(
+            f"a {type(model).__name__} has no ModuleList of blocks with linear layers; give a causal language model"
+        )
+    return max(outer, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def matrices(model: nn.Module) -> list[Matrix]:
+    """Every linear layer inside the blocks, in order.
+
+    Raises:
+        InputError: a layer that is tied to another parameter, quantised, LoRA-wrapped, parametrised or without data.
+    """
+    prefix, blocks = blocks_of(model)
+    if len(set(map(id, blocks))) < len(blocks):
+        raise InputError(f"blocks of {prefix!r} are one and the same module; tied layers cannot be pruned")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name)
+    found: list[Matrix] = []
+    for name, module in blocks.named_modules(prefix=prefix):
+        _refuse(name, module)
+        if _is_linear(module):
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            others = [other for other in owners.get(weight.data_ptr(), []) if other != f"{name}.weight"]
+            if others:
+                raise InputError(f"{name + '.weight'!r} is tied to {others[0]!r}; give the model separate weights")
+            found.append(Matrix(f"{name}.weight", module, not isinstance(module, nn.Linear)))
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _refuse(name: str, module: nn.Module) -> None:
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if hasattr(module, "base_layer") or hasattr(module, "lora_A"):
+        raise InputError(f"{name!r} is LoRA-wrapped ({kind}); merge the adapter first (merge_and_unload)")
+    shaped = hasattr(module, "in_features") and hasattr(module, "out_features")
+    if not (_is_linear(module) or shaped):
+        return
+    if nn.utils.parametrize.is_parametrized(module):
+        raise InputError(f"{name!r} has a parametrised weight; remove the parametrisation first")
+    weight: Any = getattr(module, "weight", None)
+    plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
+    if not plain or weight.element_size() == 1 or kind.startswith("bitsandbytes"):
+        dtype = getattr(weight, "dtype", "no tensor")
+        raise InputError(f"{name!r} is quantised ({kind}, {dtype}); prune the model before it is quantised")
+    if weight.is_meta:
+        raise InputError(f"{name!r} has no data (meta device); load the model into memory")
+
+
+class _Stop(Exception):  # noqa: N818
+    pass
+
+
+@dataclass
+class _Stream:
+    """What enters the next block: hidden states of each batch, and the other arguments of each batch and block."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    others: list[list[tuple[tuple, dict[str, Any]]]] = field(default_factory=list)
+
+    def run(self, block: nn.Module, number: int, batch: int) -> Tensor:
+        args, keywords = self.others[batch][number]
+        found = block(self.hidden[batch], *args, **keywords)
+        return found[0] if isinstance(found, tuple) else found
+
+
+def _enter(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> _Stream:
+    """The stream before the first block. Blocks pass their input on, so this costs embeddings only; one block runs
+    once, to see whether it gives a tensor or a tuple."""
+    stream, rest = _Stream(), [()]
+    wrapped = None
+
+    def passing(number: int, own: Callable) -> Callable:
+        def forward(*args: Any, **keywords: Any) -> Any:
+            nonlocal wrapped
+            named = not args
+            hidden = keywords.pop("hidden_states") if named else args[0]
+            if number == 0:
+                stream.hidden.append(hidden)
+                stream.others.append([])
+            stream.others[-1].append((args[1:], keywords))
+            if number == len(blocks) - 1:
+                raise _Stop
+            if wrapped is None:
+                given = own(hidden, *args[1:], **keywords)
+                wrapped = isinstance(given, tuple)
+                rest[0] = given[1:] if wrapped else ()
+            return (hidden, *rest[0]) if wrapped else hidden
+
+        return forward
+
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for number, block in enumerate(blocks):
+            block.forward = passing(number, block.forward)  # type: ignore[method-assign]
+        for batch in batches:
+            try:
+                logits(model, batch)
+            except _Stop:
+                continue
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own  # type: ignore[method-assign]
+    return stream
+
+
+def _add_product(total: Tensor, x: Tensor) -> None:
+    """total += x^T x in its upper triangle of panels; x is `(tokens, in)`."""
+    width = max(PANEL, -(-len(total) // 8))
+    for start in range(0, len(total), width):
+        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
+
+
+@contextmanager
+def _gathering(found: Sequence[Matrix], diagonal: bool, mask: list[Tensor | None]) -> Iterator[dict[str, Statistic]]:
+    """Statistics of the inputs of these layers over all that runs inside the block; `mask[0]` is of this batch."""
+    leaders: dict[str, str] = {}
+    statistics: dict[str, Statistic] = {}
+    latest: list[tuple[Tensor, str] | None] = [None]
+
+    def hook(name: str) -> Callable:
+        def before(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
+            given: Tensor = args[0] if args else next(iter(keywords.values()))
+            if name not in leaders:
+                same = latest[0] is not None and latest[0][0] is given
+                leaders[name] = latest[0][1] if same else name  # type: ignore[index]
+            if leaders[name] != name:
+                return
+            latest[0] = given, name
+            x = given.detach().reshape(-1, given.shape[-1]).float()  # (tokens, in)
+            kept = mask[0]
+            if kept is not None and len(x) == kept.numel():  # some models flatten the tokens of a batch
+                x = x[kept.reshape(-1).to(x.device)]
+            ins = x.shape[1]
+            if name not in statistics:
+                statistics[name] = Statistic(x.new_zeros(ins if diagonal else (ins, ins)))
+            total = statistics[name]
+            total.tokens += len(x)
+            if diagonal:
+                total.second += x.square().sum(0)
+            else:
+                _add_product(total.second, x)
+
+        return before
+
+    handles = [m.module.register_forward_pre_hook(hook(m.name), with_kwargs=True) for m in found]
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in statistics.items():
+        if not torch.isfinite(total.second).all():
+            raise InputError(f"the inputs of {name!r} are not finite on the calibration text; check the model")
+        total.second *= 2 / max(total.tokens, 1)
+        if not diagonal:
+            upper = total.second.triu_()
+            upper += upper.triu(1).T
+    for matrix in found:
+        if matrix.name not in leaders:
+            raise InputError(f"{matrix.name!r} was never used on the calibration text; give more text")
+    for name, leader in leaders.items():
+        statistics[name] = statistics[leader]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    visit: Callable[[list[Matrix], Statistic], dict[str, Tensor]],
+    *,
+    diagonal: bool = False,
+    put_back: bool = False,
+    settings: dict[str, Any],
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Walk through the blocks; prune each on what comes out of the pruned ones before it.
+
+    Args:
+        model: pruned in place by `visit`; its mode and hooks are left as they were.
+        batches: from `token_batches`.
+        visit: called with the layers that share an input and its statistic; changes their weights, and returns what is
+            to be kept of each, by name (or nothing).
+        diagonal: gather only the diagonal of H.
+        put_back: restore a block's weights once its outputs are known.
+        settings: what a resumed run must have in common with this one.
+        folder: finished blocks are kept there; the same call resumes after them.
+        progress: called with (blocks done, blocks).
+
+    Returns:
+        What `visit` kept, and the number of dead inputs of each matrix.
+    """
+    found = matrices(model)
+    prefix, blocks = blocks_of(model)
+    inside = [[m for m in found if m.name.startswith(f"{prefix}.{number}.")] for number in range(len(blocks))]
+    kept: dict[str, Tensor] = {}
+    dead: dict[str, int] = {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            saved = _Saved(folder, digest(found, batches, settings)) if folder is not None else None
+            stream = _enter(model, list(blocks), batches)
+            first = 0
+            if saved is not None and (position := saved.position()) is not None:
+                first = position["block"]
+                device = stream.hidden[0].device
+                stream.hidden = [hidden.to(device) for hidden in position["hidden"]]
+                for number in range(first):
+                    done = saved.block(number)
+                    kept |= done["kept"]
+                    dead |= done["dead"]
+                    for matrix in inside[number]:
+                        if not put_back:
+                            matrix.weight.copy_(done["weights"][matrix.name])
+            for number in range(first, len(blocks)):
+                block = blocks[number]
+                before = {m.name: m.weight.clone() for m in inside[number]} if put_back else {}
+                found_here, dead_here = _one(block, number, stream, batches, inside[number], visit, diagonal)
+                last = number == len(blocks) - 1
+                stream.hidden = [] if last else [stream.run(block, number, i) for i in range(len(batches))]
+                if put_back:
+                    for matrix in inside[number]:
+                        matrix.weight.copy_(before[matrix.name])
+                if saved is not None:
+                    weights = {} if put_back else {m.name: m.weight for m in inside[number]}
+                    saved.store(number, {"kept": found_here, "dead": dead_here, "weights": weights}, stream.hidden)
+                    found_here = saved.block(number)["kept"]  # from the file: the kernel can drop its pages
+                kept |= found_here
+                dead |= dead_here
+                if progress is not None:
+                    progress(number + 1, len(blocks))
+    finally:
+        model.train(training)
+    return kept, dead
+
+
+def _one(
+    block: nn.Module, number: int, stream: _Stream, batches: Sequence[Batch], found: list[Matrix],
+    visit: Callable[[list[Matrix], Statistic], dict[str, Tensor]], diagonal: bool,
+) -> tuple[dict[str, Tensor], dict[str, int]]:  # fmt: skip
+    mask: list[Tensor | None] = [None]
+    with _gathering(found, diagonal, mask) as statistics:
+        for i, batch in enumerate(batches):
+            mask[0] = batch["attention_mask"] != 0 if "attention_mask" in batch else None
+            stream.run(block, number, i)
+    groups: dict[int, list[Matrix]] = {}
+    for matrix in found:
+        groups.setdefault(id(statistics[matrix.name]), []).append(matrix)
+    kept: dict[str, Tensor] = {}
+    dead: dict[str, int] = {}
+    for group in groups.values():
+        statistic = statistics[group[0].name]
+        diagonal_of = statistic.second if diagonal else statistic.second.diagonal()
+        dead |= dict.fromkeys((m.name for m in group), int((diagonal_of == 0).sum()))
+        kept |= visit(group, statistic)
+        for matrix in group:
+            del statistics[matrix.name]
+    return kept, dead
+
+
+class _Saved:
+    """Finished blocks in a folder: one file a block, and one with what enters the next."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / "run.safetensors"
+        if own.is_file() and load_state(own)["digest"] != digest:
+            raise InputError(
+                f"{str(folder)!r} holds another run (weights, text or settings differ); load the model again or give "
+                "another folder"
+            )
+        save_state({"digest": digest}, own)
+
+    def position(self) -> dict[str, Any] | None:
+        path = self.folder / "next.safetensors"
+        return load_state(path) if path.is_file() else None
+
+    def block(self, number: int) -> dict[str, Any]:
+        return load_state(self.folder / f"block-{number:04}.safetensors")
+
+    def store(self, number: int, content: dict[str, Any], hidden: list[Tensor]) -> None:
+        save_state(content, self.folder / f"block-{number:04}.safetensors")
+        save_state({"block": number + 1, "hidden": hidden}, self.folder / "next.safetensors")
+
+
+def digest(found: Sequence[Matrix], batches: Sequence[Batch], settings: dict[str, Any]) -> str:
+    """Of the settings, of some values of each weight, and of the text."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for matrix in found:
+        some = matrix.weight[:2, :64].float().cpu().contiguous()
+        digest.update(f"{matrix.name}{tuple(matrix.weight.shape)}".encode() + some.numpy().tobytes())
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(name.encode() + batch[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
