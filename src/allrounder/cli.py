@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .cli_compress import compress
+from .cli_output import Json, bar, print_json
 from .errors import InputError
 
 __all__ = ["main"]
@@ -20,36 +19,7 @@ app = typer.Typer(
     help="From specialists to one all-round model.",
 )  # fmt: skip
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines; no progress bars.")]
-
-
-def _print(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2))
-
-
-@contextmanager
-def _bar(quiet: bool, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with the time left, on the terminal's error stream."""
-    if quiet:
-        yield lambda *_: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+app.add_typer(compress, name="compress")
 
 
 @app.command()
@@ -69,11 +39,11 @@ def run(
     loaded = load_recipe(recipe, seed=seed, seeds=seeds)
     from .run import run as start
 
-    with _bar(as_json) as progress:
+    with bar(as_json) as progress:
         command = " ".join(["allrounder", *sys.argv[1:]])
         report = start(loaded, out, jobs=jobs, device=device, cluster=cluster, command=command, progress=progress)
     if as_json:
-        _print(report)
+        print_json(report)
         return
     from rich.console import Console
 
@@ -111,13 +81,13 @@ def merge(
         if not sign or not key:
             raise InputError(f"an option is written key=value, got {pair!r}")
         options[key.strip().replace("-", "_")] = value.strip()
-    with _bar(as_json, "bytes") as progress:
+    with bar(as_json, "bytes") as progress:
         account = merge_checkpoints(
             base, experts, method, options, out, dtype=dtype, jobs=jobs, shard_size=shard_size,
             progress=lambda done, total: progress(method, done, total),
         )  # fmt: skip
     if as_json:
-        _print(account)
+        print_json(account)
     else:
         for note in account["notes"]:
             typer.echo(f"note: {note}", err=True)
@@ -137,12 +107,12 @@ def restore(
     """Give one specialist back from a TALL-masks archive."""
     from .merging.checkpoints import restore_archive
 
-    with _bar(as_json, "bytes") as progress:
+    with bar(as_json, "bytes") as progress:
         account = restore_archive(
             archive, task, out, dtype=dtype, jobs=jobs, progress=lambda done, total: progress(task, done, total)
         )
     if as_json:
-        _print(account)
+        print_json(account)
     else:
         typer.echo(f"{task}: {out} ({account['bytes'] / 1e6:,.1f} MB, {account['seconds']:.1f} s)")
 
@@ -159,7 +129,7 @@ def study(
 
     if as_json:
         finding = run_study(slug, scale=scale, seed=seed)  # type: ignore[arg-type]
-        _print(finding)
+        print_json(finding)
     else:
         from rich.console import Console
         from rich.markup import escape
@@ -197,13 +167,13 @@ def papers(
     if slug is not None:
         item = paper(slug)
         if as_json:
-            _print(entry(item) | {"bibtex": item.bibtex})
+            print_json(entry(item) | {"bibtex": item.bibtex})
         else:
             typer.echo(f"{item.title} ({item.venue} {item.year}, arXiv {item.arxiv})\n{item.sentence}\n")
             typer.echo(f"use    {item.method}\nstudy  allrounder study {item.slug}\n\n{item.bibtex}")
         return
     if as_json:
-        _print([entry(item) for item in catalogue().values()])
+        print_json([entry(item) for item in catalogue().values()])
         return
     from rich.console import Console
     from rich.table import Table

@@ -12,7 +12,8 @@ import allrounder as ar
 from allrounder.compression.d_pruner import d_pruner, general_importance
 from allrounder.compression.domain_importance import domain_importance, regularised, removal_error
 from allrounder.compression.pruning import prune_by
-from allrounder.compression.pruning_layers import Statistic, matrices
+from allrounder.compression.pruning_layers import matrices
+from allrounder.compression.pruning_statistics import Statistic
 from allrounder.nets import CausalTransformer
 
 VOCABULARY = 20

@@ -130,7 +130,7 @@ def test_latent_loss_is_the_sum_of_its_parts_over_mapped_layers(pair):
     student, teacher = Encoder(bert(layers=2, width=16, seed=4)), Encoder(pair[1])
     inputs = tokens().inputs
     s, t, real = student(inputs), teacher(inputs), inputs["attention_mask"].bool()
-    loss = LatentLoss(student, teacher)
+    loss = LatentLoss(student, teacher, attention="mse")
     w, e = loss.projection, loss.embedding_projection
     assert w.shape == (16, 24)
     expected = F.mse_loss((s.hidden[0] @ e)[real], t.hidden[0][real])
@@ -172,7 +172,8 @@ def test_permuting_heads_of_both_together_changes_nothing(pair):
     inputs, values = tokens().inputs, []
     for first, second in (((0, 1, 2, 3), (0, 1, 2, 3)), ((2, 0, 3, 1), (2, 0, 3, 1)), ((2, 0, 3, 1), (0, 1, 2, 3))):
         s, t = permuted(one, first), permuted(other, second)
-        values.append(LatentLoss(s, t)(s(inputs), t(inputs)).item() + RelationLoss(s, t)(s(inputs), t(inputs)).item())
+        losses = *(LatentLoss(s, t, attention=kind) for kind in ("kl", "mse")), RelationLoss(s, t)
+        values.append(sum(loss(s(inputs), t(inputs)).item() for loss in losses))
     assert values[1] == pytest.approx(values[0], rel=1e-5)
     assert abs(values[2] - values[0]) > 1e-5
 
@@ -333,7 +334,7 @@ def test_bad_input_is_named(pair):
         RelationLoss(Encoder(bert(heads=2)), teacher)
     with pytest.raises(InputError, match="layer map 3 -> 4: the student has 2 layers"):
         LatentLoss(student, teacher, layer_map={3: 4})
-    with pytest.raises(InputError, match="attention is 'mse', 'kl' or None"):
+    with pytest.raises(InputError, match="attention is 'kl', 'mse' or None"):
         LatentLoss(student, teacher, attention="cosine")
     with pytest.raises(InputError, match="stages are general.*got 'first'"):
         ernie_tiny(student, None, teacher, general, task, epochs={"first": 1})

@@ -71,11 +71,11 @@ def test_warm_up_passes_do_not_count():
 
         def forward(self, x):
             self.calls += 1
-            if self.calls <= 2:
-                time.sleep(0.2)
+            if self.calls == 1:
+                time.sleep(0.6)
 
-    found = footprint(Slow(), torch.zeros(1), repeats=3, warmup=2)
-    assert found.high < 0.15
+    found = footprint(Slow(), torch.zeros(1), repeats=3, warmup=1)
+    assert found.high < 0.5
 
 
 def test_bad_numbers_are_named():

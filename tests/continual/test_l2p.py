@@ -25,10 +25,18 @@ class Sentence(nn.Module):
 
     def __init__(self):
         super().__init__()
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.3}
+        sizes = {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "initializer_range": 0.3,
+        }
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.model = transformers.BertModel(transformers.BertConfig(vocab_size=30, **sizes), add_pooling_layer=False)
+            self.model = transformers.BertModel(
+                transformers.BertConfig(vocab_size=30, **sizes), add_pooling_layer=False
+            )
 
     def forward(self, inputs):
         mask = inputs["attention_mask"]

@@ -125,7 +125,9 @@ def test_merging_without_gradient_has_its_closed_form():
             share = 0.9**step
             assert share == pytest.approx(own[step], rel=0.02)
             for name, value in made.adapter.items():
-                torch.testing.assert_close(value.detach(), share * start[name] + (1 - share) * mean[name], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    value.detach(), share * start[name] + (1 - share) * mean[name], atol=1e-5, rtol=1e-5
+                )
 
 
 def test_a_step_is_followed_by_one_merge_with_the_mean_of_all_earlier_adapters():
@@ -399,7 +401,11 @@ def test_no_pair_of_example_and_adapter_is_computed_twice(mos, inputs):
     original = made._through
 
     def noted(given, adapters, which=None, dropout=0.0):
-        single = None if which is not None else [torch.equal(adapters["up"], made.stored["up"][k]) for k in range(made.tasks)]
+        single = (
+            None
+            if which is not None
+            else [torch.equal(adapters["up"], made.stored["up"][k]) for k in range(made.tasks)]
+        )
         rows = [(inputs == x).all(1).nonzero().item() for x in given]
         used = which.tolist() if single is None else [single.index(True)] * len(rows)
         seen.extend(zip(rows, used, strict=True))
@@ -488,14 +494,14 @@ def test_state_goes_through_a_file_and_training_goes_on_the_same(tmp_path, input
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, inputs, mos):
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(name, done, total):
         if name.endswith("-2"):
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         learn(learner(), stream(), epochs=3, batch_size=8, folder=tmp_path, progress=stop)
     again = learner()
     learn(again, stream(), epochs=3, batch_size=8, folder=tmp_path)

@@ -19,7 +19,10 @@ def made(kind):
     transformers = pytest.importorskip("transformers")
     generator = torch.Generator().manual_seed(0)
     pixels = (torch.randn(4, 3, 16, 16, generator=generator),)
-    tokens = (torch.randint(1, 20, (4, 6), generator=generator), torch.tensor([[1] * 6, [1] * 6, [1] * 4 + [0] * 2, [1] * 6]))
+    tokens = (
+        torch.randint(1, 20, (4, 6), generator=generator),
+        torch.tensor([[1] * 6, [1] * 6, [1] * 4 + [0] * 2, [1] * 6]),
+    )
     distil = {"dim": 24, "n_layers": 3, "n_heads": 2, "hidden_dim": 40, "vocab_size": 20}
     models = {
         "ViT": (transformers.ViTModel, transformers.ViTConfig, SIZES | IMAGE, pixels),

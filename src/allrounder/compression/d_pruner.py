@@ -41,7 +41,8 @@ from torch import Tensor, nn
 
 from .domain_importance import Scaling, domain_importance
 from .pruning import Pruned, Structure, check, prune_by
-from .pruning_layers import Matrix, Statistic, blocks_of, calibrate, matrices
+from .pruning_layers import Matrix, blocks_of, calibrate, matrices
+from .pruning_statistics import Statistic
 from .pruning_text import shared, token_batches
 from .sparsegpt import inverse_factor, sweep
 

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 
 from ..data.text import Tokens, text_suite, tokenize
 from ..errors import InputError
-from ..nets.encoders import load_tokenizer
+from ..nets.encoders import _quiet, load_tokenizer
 from ..saving import replacing
 from ..task import Batches, Task, to_device
 from .encoder_states import Encoder, build_student
-from .ernie_tiny import ernie_tiny
+from .ernie_tiny import LatentLoss, ernie_tiny
 from .footprint import footprints
 from .stages import Stage, distil
 
@@ -116,6 +116,7 @@ def distil_folder(
     width: int | None = None,
     intermediate: int | None = None,
     heads: int | None = None,
+    attention: Literal["kl", "mse"] | None = "kl",
     epochs: Mapping[str, float] | None = None,
     lr: Mapping[str, float] | None = None,
     teacher_epochs: float = 3.0,
@@ -135,6 +136,7 @@ def distil_folder(
         general: `.txt(.gz)` with general text, one sentence or paragraph a line; `None` leaves two stages out.
         pretrained: the folder a fine-tuned teacher came from, for the first stage.
         layers, keep, width, intermediate, heads: of the student, see `build_student`.
+        attention: part of the latent loss, see `LatentLoss`; `None` for a student with another number of heads.
         epochs, lr: by stage, see `ernie_tiny`.
         teacher_epochs: passes of the fine-tuning of a pretrained teacher, at lr 5e-5.
         batch_size: examples a step.
@@ -194,7 +196,7 @@ def distil_folder(
         notes.append("no general text: the stages 'general' and 'general-enhanced' were left out")
     stages = ernie_tiny(
         student, None if base is None else Encoder(base), Encoder(tuned), text, examples.train, enhanced=again,
-        epochs=epochs, lr=lr, batch_size=batch_size,
+        latent=LatentLoss(student, Encoder(tuned), attention=attention, seed=seed), epochs=epochs, lr=lr, batch_size=batch_size,
     )  # fmt: skip
     history = distil(student, stages, seed=seed, folder=work / "student", progress=progress)
     account: dict[str, Any] = {"method": "ernie-tiny", "teacher": {}, "student": {}}
@@ -216,7 +218,7 @@ def distil_folder(
         for stage in stages
     ]
     account |= {"notes": notes, "seconds": round(time.perf_counter() - started, 1)}
-    with replacing(out) as folder:
+    with replacing(out) as folder, _quiet():
         small.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "distillation.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
@@ -254,19 +256,14 @@ def _open(folder: str | Path, kind: str) -> Any:
         import transformers
     except ImportError as error:
         raise InputError("distilling model folders needs transformers: pip install 'allrounder[hf]'") from error
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        model, info = getattr(transformers, kind).from_pretrained(
-            Path(folder).expanduser(), dtype=torch.float32, output_loading_info=True
-        )
+        with _quiet():
+            model, info = getattr(transformers, kind).from_pretrained(
+                Path(folder).expanduser(), dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # the library and its formats have a dozen kinds of failure, and all mean the same here
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{str(folder)!r} cannot be loaded as {kind} ({reason}); is it complete?") from error
-    finally:
-        logging.set_verbosity(level)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise InputError(f"{str(folder)!r} lacks {missing[0]!r}, which a {type(model).__name__} has; is it complete?")

@@ -107,9 +107,7 @@ def quantize_folder(
         rounding=Rounding(steps=steps, batch=batch_size), seed=seed, folder=work / "blocks", progress=progress,
     )  # fmt: skip
     account = dict(small.description["account"])
-    same = [
-        _logits(network, part).argmax(-1) == small(part).argmax(-1) for part in given.to(device).split(64)
-    ]
+    same = [_logits(network, part).argmax(-1) == small(part).argmax(-1) for part in given.to(device).split(64)]
     parts = small.bytes
     before = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     account |= {

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .pruning import Pruned, Structure, check, keep_mask, report
-from .pruning_layers import Matrix, Statistic, calibrate, matrices
+from .pruning_layers import Matrix, calibrate, matrices
+from .pruning_statistics import Statistic
 from .pruning_text import token_batches
 
 __all__ = ["magnitude", "wanda"]

@@ -6,10 +6,9 @@ other way round). Embeddings, norms and the head are left alone.
 
 `calibrate` walks through the blocks in order. It keeps the hidden states between two blocks, runs one block on them to
 gather `H = (2 / n) X X^T` (or its diagonal) for the inputs X of each linear layer, lets the block be pruned, and runs
-it again, so that later blocks see what the pruned ones give. Linear layers with one common input (query, key, value)
-share one H, and only the upper half of the symmetric product is computed.
+it again, so that later blocks see what the pruned ones give.
 
-Cost: two forward passes without the head, sum of tokens * in^2 operations for H; memory: the model, the hidden states
+Cost: two forward passes without the head, tokens * in^2 operations for each H; memory: the model, the hidden states
 of the calibration text, and the statistics of one block.
 """
 
@@ -17,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,11 +26,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..state import load_state, save_state
+from .pruning_statistics import Gathering, Statistic
 from .pruning_text import Batch, logits
 
-__all__ = ["Matrix", "Statistic", "blocks_of", "calibrate", "digest", "matrices"]
-
-PANEL = 128  # narrowest panel of the symmetric product
+__all__ = ["Matrix", "blocks_of", "calibrate", "digest", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +45,6 @@ class Matrix:
         """`(out, in)`, a view of the parameter without its graph: writing to it changes the model."""
         weight = cast(Tensor, self.module.weight).detach()
         return weight.T if self.swapped else weight
-
-
-@dataclass
-class Statistic:
-    """Second moments of the inputs of a linear layer.
-
-    Args:
-        second: `(2 / n) X X^T`, `(in, in)` float32; with diagonal statistics its diagonal `(in,)`.
-        tokens: n, padding not counted.
-    """
-
-    second: Tensor
-    tokens: int = 0
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -188,65 +172,6 @@ def _enter(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batc
     return stream
 
 
-def _add_product(total: Tensor, x: Tensor) -> None:
-    """total += x^T x in its upper triangle of panels; x is `(tokens, in)`."""
-    width = max(PANEL, -(-len(total) // 8))
-    for start in range(0, len(total), width):
-        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
-
-
-@contextmanager
-def _gathering(found: Sequence[Matrix], diagonal: bool, mask: list[Tensor | None]) -> Iterator[dict[str, Statistic]]:
-    """Statistics of the inputs of these layers over all that runs inside the block; `mask[0]` is of this batch."""
-    leaders: dict[str, str] = {}
-    statistics: dict[str, Statistic] = {}
-    latest: list[tuple[Tensor, str] | None] = [None]
-
-    def hook(name: str) -> Callable:
-        def before(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
-            given: Tensor = args[0] if args else next(iter(keywords.values()))
-            if name not in leaders:
-                same = latest[0] is not None and latest[0][0] is given
-                leaders[name] = latest[0][1] if same else name  # type: ignore[index]
-            if leaders[name] != name:
-                return
-            latest[0] = given, name
-            x = given.detach().reshape(-1, given.shape[-1]).float()  # (tokens, in)
-            kept = mask[0]
-            if kept is not None and len(x) == kept.numel():  # some models flatten the tokens of a batch
-                x = x[kept.reshape(-1).to(x.device)]
-            ins = x.shape[1]
-            if name not in statistics:
-                statistics[name] = Statistic(x.new_zeros(ins if diagonal else (ins, ins)))
-            total = statistics[name]
-            total.tokens += len(x)
-            if diagonal:
-                total.second += x.square().sum(0)
-            else:
-                _add_product(total.second, x)
-
-        return before
-
-    handles = [m.module.register_forward_pre_hook(hook(m.name), with_kwargs=True) for m in found]
-    try:
-        yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, total in statistics.items():
-        if not torch.isfinite(total.second).all():
-            raise InputError(f"the inputs of {name!r} are not finite on the calibration text; check the model")
-        total.second *= 2 / max(total.tokens, 1)
-        if not diagonal:
-            upper = total.second.triu_()
-            upper += upper.triu(1).T
-    for matrix in found:
-        if matrix.name not in leaders:
-            raise InputError(f"{matrix.name!r} was never used on the calibration text; give more text")
-    for name, leader in leaders.items():
-        statistics[name] = statistics[leader]
-
-
 def calibrate(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -323,23 +248,18 @@ def _one(
     block: nn.Module, number: int, stream: _Stream, batches: Sequence[Batch], found: list[Matrix],
     visit: Callable[[list[Matrix], Statistic], dict[str, Tensor]], diagonal: bool,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:  # fmt: skip
-    mask: list[Tensor | None] = [None]
-    with _gathering(found, diagonal, mask) as statistics:
-        for i, batch in enumerate(batches):
-            mask[0] = batch["attention_mask"] != 0 if "attention_mask" in batch else None
+    gathering = Gathering(found, diagonal)
+    for i, batch in enumerate(batches):
+        with gathering.batch(batch["attention_mask"] != 0 if "attention_mask" in batch else None):
             stream.run(block, number, i)
-    groups: dict[int, list[Matrix]] = {}
-    for matrix in found:
-        groups.setdefault(id(statistics[matrix.name]), []).append(matrix)
     kept: dict[str, Tensor] = {}
     dead: dict[str, int] = {}
-    for group in groups.values():
-        statistic = statistics[group[0].name]
-        diagonal_of = statistic.second if diagonal else statistic.second.diagonal()
-        dead |= dict.fromkeys((m.name for m in group), int((diagonal_of == 0).sum()))
+    groups = gathering.result()
+    while groups:  # a statistic is dropped as soon as it was used
+        group, statistic = groups.pop(0)
+        own = statistic.second if diagonal else statistic.second.diagonal()
+        dead |= dict.fromkeys((m.name for m in group), int((own == 0).sum()))
         kept |= visit(group, statistic)
-        for matrix in group:
-            del statistics[matrix.name]
     return kept, dead
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .pruning import Pruned, Structure, check, keep_mask, report
-from .pruning_layers import Matrix, Statistic, calibrate, matrices
+from .pruning_layers import Matrix, calibrate, matrices
+from .pruning_statistics import Statistic
 from .pruning_text import token_batches
 
 __all__ = ["inverse_factor", "sparsegpt", "sweep"]

@@ -23,13 +23,28 @@ from .regularisers import EWC, SI, LwF
 from .simple_cil import SimpleCIL
 from .stream import Experience, Stream, average_precision, hide, in_sequence, permuted, revisit, split_by_class
 from .tame import TAME, expert_accuracies
+from .two_tower import (
+    Taught,
+    TwoTower,
+    base_novel,
+    base_to_novel,
+    few_shot,
+    harmonic_mean,
+    linear_probe,
+    prompt_head,
+    taught,
+    teacher_features,
+    zero_shot_head,
+)
 
 __all__ = [
     "AGEM", "ER", "EWC", "FPF", "IBCL", "L2P", "MOS", "SI", "TAME", "AtChanges", "Batch", "Buffer", "DERpp",
     "Experience", "Finetune", "GDumb", "GradientLearner", "Joint", "Learner", "LossJump", "LwF", "MultiLabelLwF",
-    "MultiLane", "PromptSRC", "PromptedCLIP", "Record", "SimpleCIL", "Stream", "TaskInfo", "average_accuracy",
-    "average_precision", "backward_transfer", "change", "check", "evaluate", "expert_accuracies", "forgetting",
-    "forward_transfer", "gaussian_weights", "glyph_grids", "hide", "in_sequence", "learn", "load_prompts",
-    "permuted", "plasticity", "power_law", "prompt_src_loss", "rehearsal_counts", "rehearsal_shares", "revisit",
-    "save_prompts", "sensitive", "split_by_class", "split_by_label", "trigger_steps",
+    "MultiLane", "PromptSRC", "PromptedCLIP", "Record", "SimpleCIL", "Stream", "TaskInfo", "Taught", "TwoTower",
+    "average_accuracy", "average_precision", "backward_transfer", "base_novel", "base_to_novel", "change", "check",
+    "evaluate", "expert_accuracies", "few_shot", "forgetting", "forward_transfer", "gaussian_weights",
+    "glyph_grids", "harmonic_mean", "hide", "in_sequence", "learn", "linear_probe", "load_prompts", "permuted",
+    "plasticity", "power_law", "prompt_head", "prompt_src_loss", "rehearsal_counts", "rehearsal_shares", "revisit",
+    "save_prompts", "sensitive", "split_by_class", "split_by_label", "taught", "teacher_features", "trigger_steps",
+    "zero_shot_head",
 ]  # fmt: skip

@@ -1,13 +1,14 @@
 """L2P: a pool of prompts in front of a frozen transformer, chosen by each example.
 
-    q = phi(x),  chosen = the `select` keys most like q by cosine,  f = mean of the outputs at the chosen prompts' tokens
+    q = phi(x),  chosen = the `select` keys most like q by cosine
+    f = mean of the outputs at the chosen prompts' tokens
     L = CE(h(f), y) over the task's classes - pull * mean cos(q, chosen keys)
 
-The example is read twice by the same frozen model: once as it is, for the query, and once with the chosen prompts in its
-sequence. Prompts, keys and one linear head are trained; nothing is stored and no task id is asked for.
+The example is read twice by the same frozen model: as it is, for the query, and with the chosen prompts in its sequence.
+Prompts, keys and one linear head are trained; nothing is stored and no task id is asked for.
 
-Use it as the baseline that prompt methods of class-incremental learning are compared with. One head trained task by task
-forgets: `SimpleCIL` often beats it.
+Use it as the baseline that prompt methods of class-incremental learning are compared with. One head that is trained
+task by task forgets: `SimpleCIL` often beats it.
 
 Cost: two forward passes an example, one backward pass through the frozen model; the sequence grows by `select x length`
 tokens. Storage: `pool x (length x width + features)` numbers, less than a megabyte.
@@ -101,7 +102,9 @@ class L2P(GradientLearner):
             query = self.backbone(inputs)
         keys: Tensor = self.model["key"]  # type: ignore[index]
         if query.ndim != 2 or query.shape[1] != keys.shape[1]:
-            raise InputError(f"the backbone gives features {tuple(query.shape)}, keys have {keys.shape[1]}; give features=")
+            raise InputError(
+                f"the backbone gives features {tuple(query.shape)}, keys have {keys.shape[1]}; give features="
+            )
         cosines = F.normalize(query.to(keys.dtype), dim=1) @ F.normalize(keys, dim=1).T  # (B, pool)
         found = cosines.topk(self.select, dim=1)
         return found.indices, found.values

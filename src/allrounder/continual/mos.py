@@ -3,28 +3,29 @@
 While a task is learned, its adapter A_b (bottlenecks beside the MLPs, `nets.block_adapters`) and one linear head h over
 all classes are trained, the loss over the task's classes only:
 
-    L = CE(h(phi(x; A_b)), y) + relation * R,    R = mean_i CE(row i of M M^T / 0.8, i),  M = [means of earlier classes ; f]
+    f = phi(x; A_b),  L = CE(h(f), y) + relation * R
+    R = mean_i CE(row i of M M^T / 0.8, i),  M = [means of earlier classes ; f]
     after every step, from the second task on:   A_b <- (1 - merge) A_b + merge * mean_{k<b} A_k
 
-Then a copy of A_b is frozen, each class's features are described by a Gaussian, and the head alone is trained on samples
-of all classes so far (alignment). To answer, each example looks for its adapter: the nearest class mean under adapter 1
-names a task, that task's adapter and the head name a class and so a task again, until the task stays (at most 4 rounds).
-The answer is `softmax(h(phi(x; A_b))) + softmax(tasks * cosine)`, the cosine to the class means under adapter 1.
+Then a copy of A_b is frozen, each class's features are described by a Gaussian, and the head alone is trained on
+samples of all classes so far (alignment). To answer, each example looks for its adapter: the nearest class mean under
+the first adapter names a task, that task's adapter and the head name a class and so a task again, until the task stays
+(at most 4 rounds). The answer is `softmax(h(phi(x; A_b))) + softmax(tasks * cosine)`, the cosine to the class means
+under the first adapter.
 
 Use it with a good pretrained transformer when classes come in groups with boundaries and examples may not be kept. Look
 at `SimpleCIL` first (no training), and at what each part gives: on small data the alignment does nearly all of it.
 
-Cost: training, one forward and backward pass of an example through a frozen model. Inference: one pass for all and one for
-each (example, adapter) pair that is looked at and was not yet; about 2 passes an example, where computing every
+Cost: training, one forward and backward pass of an example through a frozen model. Inference: one pass for all and one
+for each (example, adapter) pair that is looked at and was not yet; about 2 passes an example, where computing every
 adapter's features takes tasks + 1. Storage: an adapter a task (ViT-B: 1.2 MB) and d^2 numbers a class (d = 768: 2.4 MB;
 `diagonal`: 6 kB). One Cholesky factor for each class, when it is learned.
 
 Paper: Sun et al., "MOS: Model Surgery for Pre-Trained Model-Based Class-Incremental Learning", AAAI 2025, arXiv
-2412.09441. R and the alignment are in its code only (both from SLCA, Zhang et al., ICCV 2023, arXiv 2303.05118). Departures
-from that code: it merges 12 times in every forward pass besides, in evaluation into the stored adapters too, which
-become their predecessors within some tens of test batches; here a merge follows an optimiser step and nothing else, and
-stored adapters never change. So published figures belong to a different variant. The head's learning rate is a tenth
-of the adapter's; the schedules go down once an epoch, as in the code.
+2412.09441. R and the alignment are in its code only (both from SLCA, Zhang et al., ICCV 2023, arXiv 2303.05118).
+Departures from that code: it merges 12 times in every forward pass besides, in evaluation into the stored adapters too,
+which become their predecessors within some tens of test batches; here a merge follows an optimiser step and nothing
+else, and stored adapters never change. So published figures belong to a different variant.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ class MOS(Learner):
         if min(lr, align_lr) <= 0 or min(weight_decay, relation) < 0:
             raise InputError("learning rates are above 0, weight_decay and relation at least 0")
         if epochs < 1 or replay < 1 or align_epochs < 0:
-            raise InputError(f"epochs and replay are at least 1, align_epochs 0, got {epochs}, {replay}, {align_epochs}")
+            raise InputError(
+                f"epochs and replay are at least 1, align_epochs 0, got {epochs}, {replay}, {align_epochs}"
+            )
         self.places = adapter_places(backbone) if places is None else list(places)
         self.backbone = backbone.requires_grad_(False)
         self.adapter = block_adapters(backbone, rank, places=self.places, seed=seed)
@@ -274,7 +277,11 @@ class MOS(Learner):
     # answers
 
     def _through(
-        self, inputs: Any, adapters: Mapping[str, Tensor], which: Tensor | None = None, dropout: float = 0.0
+        self,
+        inputs: Any,
+        adapters: Mapping[str, Tensor] | nn.ParameterDict,
+        which: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
         with (
             evaluating(self.backbone),
@@ -283,7 +290,8 @@ class MOS(Learner):
             features = self.backbone(inputs)
         if features.ndim != 2 or features.shape[1] != self.head.in_features:
             raise InputError(
-                f"the backbone gives features {tuple(features.shape)}, expected (B, {self.head.in_features}); give features="
+                f"the backbone gives features {tuple(features.shape)}, expected (B, {self.head.in_features}): "
+                "give features="
             )
         return features.to(self.head.weight.dtype)
 

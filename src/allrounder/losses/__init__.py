@@ -29,6 +29,17 @@ from .dense import (
     rmse,
     segmentation_loss,
 )  # fmt: skip
+from .distillation import (
+    attention_kl,
+    attention_mse,
+    binary_kl,
+    binary_kl_norm,
+    dist,
+    dkd,
+    hidden_mse,
+    relation_kl,
+    soft_label_loss,
+)  # fmt: skip
 from .factored import FactoredOutput
 from .hierarchical_softmax import HierarchicalSoftmax
 from .preference import (
@@ -66,14 +77,15 @@ from .trl_adapter import preference_trainer
 
 __all__ = [
     "STRUCTURES", "CompSumLoss", "ContrastiveLoss", "FactoredOutput", "HierarchicalSoftmax", "MemoryBank",
-    "OneHotSquaredError", "Perturbation", "PreferenceLoss", "SphericalSoftmaxLoss", "Structure", "TaylorSoftmaxLoss",
-    "Tolerance", "ZLoss", "add_reference", "adversarial_comp_sum", "align_uniform_loss", "angular_error", "attack",
-    "best_conditional_risk", "ccpo", "comp_sum", "compile_loss", "conditional_risk", "contrastive_loss", "cpo",
-    "cunl", "decompile", "depth_loss", "dpo", "dpo_hinge", "dpo_robust", "dpop", "edge_f1", "edge_loss", "entails",
-    "error_bound", "error_transform", "ipo", "lattice", "lattice_svg", "log1mexp", "mean_iou", "minimisability_gap",
-    "normal_loss", "one_hot_squared_error", "orpo", "penalty_entropy", "pgd_loss", "preference_trainer",
-    "relative_penalty", "rmse", "robust_accuracy", "rrhf", "segmentation_loss", "sequence_log_probs",
-    "simple_contrastive_loss", "simple_error_bound", "simpo", "slic", "spherical_softmax_loss",
-    "taylor_softmax_loss", "tolerance", "trades_loss", "truncated_gce", "uncpo", "uniformity", "unlikelihood",
-    "weighted_model_count", "z_loss",
+    "OneHotSquaredError", "Perturbation", "PreferenceLoss", "SphericalSoftmaxLoss", "Structure",
+    "TaylorSoftmaxLoss", "Tolerance", "ZLoss", "add_reference", "adversarial_comp_sum", "align_uniform_loss",
+    "angular_error", "attack", "attention_kl", "attention_mse", "best_conditional_risk", "binary_kl",
+    "binary_kl_norm", "ccpo", "comp_sum", "compile_loss", "conditional_risk", "contrastive_loss", "cpo", "cunl",
+    "decompile", "depth_loss", "dist", "dkd", "dpo", "dpo_hinge", "dpo_robust", "dpop", "edge_f1", "edge_loss",
+    "entails", "error_bound", "error_transform", "hidden_mse", "ipo", "lattice", "lattice_svg", "log1mexp",
+    "mean_iou", "minimisability_gap", "normal_loss", "one_hot_squared_error", "orpo", "penalty_entropy", "pgd_loss",
+    "preference_trainer", "relation_kl", "relative_penalty", "rmse", "robust_accuracy", "rrhf", "segmentation_loss",
+    "sequence_log_probs", "simple_contrastive_loss", "simple_error_bound", "simpo", "slic", "soft_label_loss",
+    "spherical_softmax_loss", "taylor_softmax_loss", "tolerance", "trades_loss", "truncated_gce", "uncpo",
+    "uniformity", "unlikelihood", "weighted_model_count", "z_loss",
 ]  # fmt: skip

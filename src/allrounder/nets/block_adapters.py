@@ -7,20 +7,20 @@ normalise last (BERT, MiniLM, DistilBERT) the adapter is added before that norm 
 `W_up` and the biases begin at zero: a new adapter changes nothing, bit for bit.
 
 One set of adapters is four tensors over all L blocks, so a mean or a merge of sets is one operation for each of them:
-`down (L, r, d)`, `down_bias (L, r)`, `up (L, d, r)`, `up_bias (L, d)`. Several sets, stacked to `(S, L, ...)`, can serve
-one batch: example i runs with set `which[i]`, as one batched matrix product over r in each block.
+`down (L, r, d)`, `down_bias (L, r)`, `up (L, d, r)`, `up_bias (L, d)`. Several sets, stacked to `(S, L, ...)`, can
+serve one batch: example i runs with set `which[i]`, as one batched matrix product over r in each block.
 
-Use it to train a few numbers beside a frozen backbone, and to serve many tasks from one. Not for convolutional networks:
-the adapter reads and writes tokens of one width.
+Use it to train a few numbers beside a frozen backbone, and to serve many tasks from one. Not for convolutions: the
+adapter reads and writes tokens of one width.
 
-Cost: `L (2 d r + d + r)` numbers a set (ViT-B/16, r = 16: 304,320), and `4 d r` operations a token and block, about r / 2d
-of the block's own. A mixed batch gathers the adapters of each example: `2 d r` numbers for each.
+Cost: `L (2 d r + d + r)` numbers a set (ViT-B/16, r = 16: 304,320), and `4 d r` operations a token and block, about
+r / 6d of the block's own. A mixed batch gathers the adapters of each example: `2 d r` numbers for each.
 
 Where the two ends of an adapter are in a block is known for transformers' ViT, CLIP, BERT, RoBERTa and DistilBERT, for
 timm's ViT and for allrounder's `CausalTransformer`; otherwise give `places`.
 
-Papers: Houlsby et al., ICML 2019, arXiv 1902.00751 (bottleneck adapters); Chen et al., "AdaptFormer", NeurIPS 2022, arXiv
-2205.13535 (beside the MLP, scaled by 0.1).
+Papers: Houlsby et al., ICML 2019, arXiv 1902.00751 (bottleneck adapters); Chen et al., "AdaptFormer", NeurIPS 2022,
+arXiv 2205.13535 (beside the MLP, scaled by 0.1).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def adapter_places(model: nn.Module) -> list[tuple[str, str]]:
                 break
     if not found:
         raise InputError(
-            f"{type(model).__name__} has no token blocks with an MLP of their own that are known here (adapters are not "
-            "for convolutions); give places=[(module whose output is added to, module whose input is read), ...]"
+            f"{type(model).__name__} has no token blocks with an MLP of their own that are known here (adapters "
+            "are not for convolutions); give places=[(module whose output is added to, module whose input is read), ...]"
         )
     return found
 
@@ -151,7 +151,7 @@ def block_adapters(
 
 def insert_adapters(
     model: nn.Module,
-    adapters: Mapping[str, Tensor],
+    adapters: Mapping[str, Tensor] | nn.ParameterDict,
     *,
     which: Tensor | None = None,
     places: Places | None = None,
@@ -162,8 +162,8 @@ def insert_adapters(
 
     Args:
         model: a transformer; it is called as before. Gradients flow into the adapters, and through the model.
-        adapters: what `block_adapters` gives, `(L, ...)`; or stacked sets `(S, L, ...)`, with `which`. Read at each call,
-            so they may be trained meanwhile; cast to the stream's dtype where they enter.
+        adapters: what `block_adapters` gives, `(L, ...)`; or stacked sets `(S, L, ...)`, with `which`. Read at each
+            call, so they may be trained meanwhile; cast to the stream's dtype where they enter.
         which: `(B,)` integers, the set of each example. Needed for stacked sets only.
         places: as for `block_adapters`.
         scale: factor of the adapter's output. Paper: 0.1.
@@ -206,7 +206,7 @@ def insert_adapters(
     return Insertion(handles)
 
 
-def _check(adapters: Mapping[str, Tensor], blocks: int, which: Tensor | None) -> None:
+def _check(adapters: Mapping[str, Tensor] | nn.ParameterDict, blocks: int, which: Tensor | None) -> None:
     if odd := sorted(set(adapters.keys()) ^ set(SHAPES)):
         raise InputError(f"adapters are {', '.join(SHAPES)}; {odd[0]!r} is missing or one too many")
     stacked = which is not None
@@ -227,7 +227,9 @@ def _check(adapters: Mapping[str, Tensor], blocks: int, which: Tensor | None) ->
             raise InputError(f"there are {sets} sets of adapters, 0 to {sets - 1}; got {odd}")
 
 
-def _bottleneck(x: Tensor, adapters: Mapping[str, Tensor], index: int, which: Tensor | None, dropout: float) -> Tensor:
+def _bottleneck(
+    x: Tensor, adapters: Mapping[str, Tensor] | nn.ParameterDict, index: int, which: Tensor | None, dropout: float
+) -> Tensor:
     """`(B, ..., d)` -> the same shape: what one block's adapter makes of the stream."""
     part = {name: adapters[name] for name in SHAPES}
     if x.shape[-1] != part["down"].shape[-1]:
