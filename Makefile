@@ -6,8 +6,11 @@ SEEDS ?= 0 1 2
 SCALE ?= laptop
 STUDIES := task-arithmetic-baselines adamerging atlas tall-masks twin-merging self-positioning logit-fusion \
   z-loss comp-sum-losses contrastive-behaviour preference-logic frugal small-scale-proxies \
-  mtl-baselines sam-mtl uni-perceiver-v2 controllable-mtl dtrn task-expert
-EXAMPLES := multitask_real label_noise preference_hh z_loss_words frugal_lm stability_lm dtrn_adult
+  mtl-baselines sam-mtl uni-perceiver-v2 controllable-mtl dtrn task-expert \
+  genie ernie-tiny d-pruner dual-head-kd continual-baselines fpf power-law-rehearsal mos multi-lane tame ibcl prompt-src
+EXAMPLES := multitask_real label_noise preference_hh z_loss_words frugal_lm stability_lm dtrn_adult \
+  genie_resnet ernie_tiny_text d_pruner_domains dual_head_images continual_real mos_intents multi_lane_glyphs tame_stream \
+  ibcl_preferences prompt_src_intents
 export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: run test lint bench studies examples clean
