@@ -1,17 +1,17 @@
 """A stream of pictures that does not say when its task changes: digits, clothes, letters, and the digits once more.
 
-mnist, fashion_mnist, notmnist and mnist again, 2,000 training images each, ten labels that all of them share, in batches
-of 50, several passes over each. No learner is told where a task begins, but for the last two rows of the table:
+mnist, fashion_mnist, notmnist and mnist again, 2,000 training images each, ten labels that all of them share, in
+batches of 50, five passes over each. No learner is told where a task begins, but for the last two rows of the table:
 
 - finetuning and replay (ER, 500 stored images): one network;
-- TAME: experts found by their loss, a selector trained on 500 stored images; once with experts pruned to a tenth and to a
-  fiftieth of their weights and stored packed;
+- TAME: experts found by their loss, a selector trained on 500 stored images; also with experts pruned to a tenth and
+  to a fiftieth of their weights and stored packed;
 - EWC at the changes that TAME's detector finds, and EWC told the true boundaries;
 - an expert for each task with true numbers in training and at test: what a perfect detector and selector would give.
 
-All networks are the same small convolutional net from scratch with the same SGD, settings of the paper where it has them
-and none searched. Labels are shared, so an answer is counted twice: `within` (the label is right, whichever expert
-answered: what the paper's code counts) and `strict` (and the expert is one of the picture's own task).
+All networks are the same small convolutional net from scratch with the same SGD; no setting was searched. Labels are
+shared, so an answer is counted twice: `within` (the label is right, whichever expert answered: what the paper's code
+counts) and `strict` (and the expert is one of the picture's own task).
 
     python examples/tame_stream.py --data FOLDER --json tame_stream.json
 """
@@ -125,11 +125,11 @@ def summary(name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
 def main() -> None:
     chosen = options(__doc__ or "")
     torch.set_num_threads(1)
-    epochs, train = (3, 1000) if chosen.small else (5, 2000)
+    epochs = 3 if chosen.small else 5
     found: dict[str, list[dict[str, float]]] = {}
     with Progress(transient=True) as bars:
         for seed in chosen.seeds:
-            suite = image_suite(TASKS, folder=chosen.data, seed=seed, train=train)
+            suite = image_suite(TASKS, folder=chosen.data, seed=seed, train=2000)
             stream = revisit(in_sequence(suite, scenario="domain"), ORDER)
             bar = bars.add_task(f"seed {seed}")
 
@@ -150,8 +150,8 @@ def main() -> None:
         ],
     }
     notes = [
-        f"{' > '.join(TASKS[i] for i in ORDER)}; {train} training images a task, {epochs} passes over each visit, batches of "
-        f"{BATCH}; deviation over seeds; gradients in thousands of examples",
+        f"{' > '.join(TASKS[i] for i in ORDER)}; 2000 training images a task, {epochs} passes over each visit, batches "
+        f"of {BATCH}; deviation over seeds; gradients in thousands of examples",
         "held: bytes besides one network, stored images (float32) among them; delays in batches",
     ]
     finish(chosen, "TAME on a stream of pictures", tables, notes)

@@ -17,15 +17,42 @@ from allrounder.compression.onnx_qdq import export_onnx
 from allrounder.compression.quantized import QuantizedNetwork, pack, unpack
 from allrounder.compression.tracing import trace
 from allrounder.errors import InputError
-from allrounder.nets.cifar_resnet import CifarResNet, resnet20
+from allrounder.nets.cifar_resnet import resnet20
 
 SHAPE = (3, 8, 8)
 QUICK = Rounding(steps=8, batch=8, lr_bits=1e-2, lr_scale=1e-3, lr_activation=1e-3, weight=0.01)
 
 
+class Block(nn.Module):
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.down = nn.Sequential(nn.Conv2d(before, after, 1, stride), nn.BatchNorm2d(after)) if stride > 1 else None
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + (x if self.down is None else self.down(x)))
+
+
+class Tiny(nn.Module):
+    """Four blocks: a layer, two residual blocks, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
+        self.layer1, self.layer2 = nn.Sequential(Block(6, 6, 1)), nn.Sequential(Block(6, 8, 2))
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.linear(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))).mean((2, 3)))
+
+
 def network(seed=0):
-    """A ResNet of 8 layers whose statistics come from noise; some gains negative."""
-    model = CifarResNet(8, seed=seed).train()
+    """Its statistics come from noise; some gains are negative."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Tiny().train()
     random = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -78,7 +105,7 @@ def test_the_network_computes_what_its_integers_say(small, images):
         if node.name in described["layers"]:
             layer = small.layer(node.name)
             bits = described["layers"][node.name]["bits"]
-            assert layer.integers().max() < 2**bits
+            assert layer.integers().max().item() < 2**bits
             shape = (-1, *[1] * (len(layer.shape) - 1))
             weight = (layer.integers().double() - layer.zero.double().view(shape)) * layer.scale.double().view(shape)
             if node.op == "linear":
@@ -139,7 +166,7 @@ def test_nearest_rounds_every_weight_to_the_nearest_integer(model, images):
         assert ((wanted - layer.integers()).abs() > 0).float().mean() < 0.002  # ties alone
         negative += int((gain < 0).sum())
         assert (layer.scale > 0).all()
-    assert negative > 5
+    assert negative > 3
 
 
 def test_the_fit_beats_rounding_to_nearest_and_genie_moves_what_adaround_keeps(model, images):
@@ -177,7 +204,7 @@ def test_without_images_it_makes_them(model):
     seen = []
     small = quantize(model, image_shape=SHAPE, synthesis=how, rounding=QUICK, progress=lambda *at: seen.append(at))
     assert seen[:4] == [("images", i, 4) for i in (1, 2, 3, 4)]
-    assert seen[4:] == [("blocks", i, 40) for i in range(1, 41)]
+    assert seen[4:] == [("blocks", i, 32) for i in range(1, 33)]
     assert small.description["account"]["synthesis"]["steps"] == 4
     assert small.description["account"]["images"] == 8
 
@@ -186,25 +213,31 @@ class Stop(Exception):  # noqa: N818
     pass
 
 
-@pytest.mark.parametrize("at", [("images", 3), ("images", 6), ("blocks", 1), ("blocks", 21), ("blocks", 40)])
-def test_interrupted_and_continued_it_gives_the_same_bits(model, tmp_path, at):
-    settings = {"image_shape": SHAPE, "synthesis": Synthesis(count=8, batch=4, steps=3), "rounding": QUICK}
-    whole = quantize(model, **settings)
+RESUMED = {"image_shape": SHAPE, "synthesis": Synthesis(count=8, batch=4, steps=3), "rounding": QUICK}
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    return quantize(model, **RESUMED)
+
+
+@pytest.mark.parametrize("at", [("images", 5), ("blocks", 1), ("blocks", 21)])
+def test_interrupted_and_continued_it_gives_the_same_bits(model, whole, tmp_path, at):
 
     def stop(what, done, total):
         if (what, done) == at:
             raise Stop
 
     with pytest.raises(Stop):
-        quantize(model, **settings, folder=tmp_path, progress=stop)
+        quantize(model, **RESUMED, folder=tmp_path, progress=stop)
     seen = []
-    resumed = quantize(model, **settings, folder=tmp_path, progress=lambda *now: seen.append(now))
+    resumed = quantize(model, **RESUMED, folder=tmp_path, progress=lambda *now: seen.append(now))
     assert same(resumed, whole)
     assert resumed.description == whole.description
     fresh = [done for what, done, _ in seen if what == "blocks"]
     done_before = (at[1] - 1) // 8 if at[0] == "blocks" else 0
     assert fresh[: done_before + 1] == [8 * (i + 1) for i in range(done_before)] + [8 * done_before + 1]
-    assert same(quantize(model, **settings, folder=tmp_path), whole)
+    assert same(quantize(model, **RESUMED, folder=tmp_path), whole)
     assert not list(tmp_path.glob(".features-*"))
 
 
@@ -238,7 +271,7 @@ def test_the_prefix_is_never_run_again(model, images, monkeypatch):
 
     monkeypatch.setattr(genie_module, "evaluate", counted)
     quantize(model, images=images, method="nearest")
-    assert len(runs) == 2 * 5
+    assert len(runs) == 2 * 4
     assert all(runs.count(name) == 2 for name in runs)
 
 
@@ -333,7 +366,7 @@ def test_four_bit_weights_are_four_bits_in_the_onnx_file(small, tmp_path):
         values = onnx.numpy_helper.to_array(tensor).astype("uint8")
         assert (torch.from_numpy(values) == kept[name]).all()
     assert weights["layer1.0.conv1.integers"].data_type == onnx.TensorProto.UINT4
-    assert len(weights["layer1.0.conv1.integers"].raw_data) == 16 * 16 * 9 // 2
+    assert len(weights["layer1.0.conv1.integers"].raw_data) == 6 * 6 * 9 // 2
     assert weights["conv1.integers"].data_type == onnx.TensorProto.UINT8
     with pytest.raises(InputError, match="ends in .onnx"):
         export_onnx(small, tmp_path / "small.pb")

@@ -42,7 +42,7 @@ class Everything(nn.Module):
         self.last = nn.Conv2d(16, 6, 1)
         self.drop = nn.Dropout(0.5)
         self.average = nn.AvgPool2d(2, padding=1)
-        self.head = nn.Linear(24, 5)
+        self.head = nn.Linear(36, 5)
 
     def forward(self, x):
         x = self.pool(self.act(self.norm(self.stem(x))))
@@ -54,7 +54,7 @@ class Everything(nn.Module):
         y = F.leaky_relu(self.before(y), 0.1)
         y = F.hardswish(self.last(y)) + F.hardsigmoid(self.last(y))
         y = self.average(F.hardtanh(y, -0.5, 3.0))
-        return self.head(self.drop(y.reshape(y.shape[0], -1)[:, :24]) if y[0].numel() != 24 else y.flatten(1))
+        return self.head(self.drop(y.reshape(y.shape[0], -1)))
 
 
 def everything():

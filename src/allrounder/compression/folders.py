@@ -30,7 +30,7 @@ from ..errors import InputError
 from ..nets.encoders import _quiet, load_tokenizer
 from ..saving import replacing
 from ..task import Batches, Task, to_device
-from .encoder_states import Encoder, build_student
+from .encoder_states import Encoder, build_student, uniform_map
 from .ernie_tiny import LatentLoss, ernie_tiny
 from .footprint import footprints
 from .stages import Stage, distil
@@ -194,9 +194,12 @@ def distil_folder(
         again = text.take(max(1, round(ENHANCED * len(text))), seed=seed)
     else:
         notes.append("no general text: the stages 'general' and 'general-enhanced' were left out")
+    shown = [0, *uniform_map(layers, tuned.config.num_hidden_layers).values()]
+    taught = Encoder(tuned, shown)
     stages = ernie_tiny(
-        student, None if base is None else Encoder(base), Encoder(tuned), text, examples.train, enhanced=again,
-        latent=LatentLoss(student, Encoder(tuned), attention=attention, seed=seed), epochs=epochs, lr=lr, batch_size=batch_size,
+        student, None if base is None else Encoder(base, shown), taught, text, examples.train, enhanced=again,
+        latent=LatentLoss(student, taught, attention=attention, seed=seed), epochs=epochs, lr=lr,
+        batch_size=batch_size,
     )  # fmt: skip
     history = distil(student, stages, seed=seed, folder=work / "student", progress=progress)
     account: dict[str, Any] = {"method": "ernie-tiny", "teacher": {}, "student": {}}

@@ -4,8 +4,8 @@
     f = mean of the outputs at the chosen prompts' tokens
     L = CE(h(f), y) over the task's classes - pull * mean cos(q, chosen keys)
 
-The example is read twice by the same frozen model: as it is, for the query, and with the chosen prompts in its sequence.
-Prompts, keys and one linear head are trained; nothing is stored and no task id is asked for.
+The example is read twice by the same frozen model: as it is, for the query, and with the chosen prompts in its
+sequence. Prompts, keys and one linear head are trained; nothing is stored and no task id is asked for.
 
 Use it as the baseline that prompt methods of class-incremental learning are compared with. One head that is trained
 task by task forgets: `SimpleCIL` often beats it.

@@ -77,8 +77,9 @@ def adapter_places(model: nn.Module) -> list[tuple[str, str]]:
                 break
     if not found:
         raise InputError(
-            f"{type(model).__name__} has no token blocks with an MLP of their own that are known here (adapters "
-            "are not for convolutions); give places=[(module whose output is added to, module whose input is read), ...]"
+            f"{type(model).__name__} has no token blocks with an MLP of their own that are known here "
+            "(adapters are not for convolutions); give "
+            "places=[(module whose output is added to, module whose input is read), ...]"
         )
     return found
 
