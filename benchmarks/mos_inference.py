@@ -188,11 +188,11 @@ def alignment(again: bool) -> float:
 
     learner = STATE["learner"]
     stats, original = learner.stats, learner.stats.sample
-    covariances = {label: factor @ factor.T for label, factor in stats.factors.items()}
+    covariances = {label: factor.double() @ factor.double().T for label, factor in stats.factors.items()}
 
     def factored(*given: Any) -> Any:
         for label, covariance in covariances.items():
-            stats.factors[label] = torch.linalg.cholesky(covariance)
+            stats.factors[label] = torch.linalg.cholesky(covariance).float()
         return original(*given)
 
     stats.sample = factored if again else original

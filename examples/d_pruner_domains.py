@@ -147,7 +147,9 @@ def arms(model: nn.Module, general: list[Tensor], domain: list[Tensor]) -> dict[
 def reopened(pruned: Pruned, tokenizer: Any, held: list[Tensor]) -> tuple[float, float]:
     """The perplexity after saving and opening the folder with transformers, and how far it is from that before."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as place:
         folder = pruned.save(Path(place) / "pruned", tokenizer=tokenizer)
         again = AutoModelForCausalLM.from_pretrained(folder)

@@ -2,8 +2,8 @@
 
 Two tasks on the same inputs with one shared head: is the income above 50K, and was the person never married. Who was
 never married seldom earns that much, so the answers conflict and a model must stand somewhere between. Left out of the
-inputs, as in `dtrn_adult.py`: both targets (income, marital status), `relationship` and the survey weight. Inputs are the
-numbers, standardised, and the categories, one-hot; the head is linear.
+inputs, as in `dtrn_adult.py`: both targets (income, marital status), `relationship` and the survey weight. Inputs are
+the numbers, standardised, and the categories, one-hot; the head is linear.
 
 For eleven weights of the second task, from models trained on the training rows and judged on the test rows:
 
@@ -12,8 +12,8 @@ For eleven weights of the second task, from models trained on the training rows 
 - the reference: a head retrained on the weighted sum of both losses, eleven trainings;
 - the one head trained for equal weights, used for all eleven.
 
-`value` is what a user with weight w gets, (1 - w) accuracy 1 + w accuracy 2, mean over the eleven. Nothing was chosen: the
-settings are the same for all, and seeds draw the order of examples, the fits' noise and which nine tenths are trained on.
+`value` is what a user with weight w gets, (1 - w) accuracy 1 + w accuracy 2, mean over the eleven. Nothing was chosen:
+the settings are the same for all. Seeds draw the order of examples, the fits' noise and the nine tenths trained on.
 
     python examples/ibcl_preferences.py --data FOLDER --json ibcl_preferences.json
 """
@@ -48,7 +48,7 @@ Models = list[nn.Module]
 
 
 def load(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and both targets of the training and the test rows; scales and categories are those of the training rows."""
+    """Inputs and both targets of training and test rows; scales and categories are those of the training rows."""
     with gzip.open(folder / "adult" / "adult.csv.gz", "rt", newline="") as file:
         table = list(csv.DictReader(file))
     parts = {name: [row for row in table if row["split"] == name] for name in ("train", "test")}
@@ -177,11 +177,12 @@ def main() -> None:
         curves += [
             {"model": name, "weight of never_married": w, **dict(zip(TASKS, point, strict=True))}
             for w, point in zip(WEIGHTS, mean.tolist(), strict=True)
+            if rows[0]["trainings"] != 1
         ]
     major = [100 * max(share, 1 - share) for share in data["test"][1].double().mean(0).tolist()]
     notes = [
-        f"{len(data['train'][0]) * 9 // 10} training and {len(data['test'][0])} test rows; accuracies in percent; the larger "
-        f"class is {major[0]:.1f} and {major[1]:.1f} percent of the test rows",
+        f"{len(data['train'][0]) * 9 // 10} training and {len(data['test'][0])} test rows; accuracies in percent; "
+        f"the larger class is {major[0]:.1f} and {major[1]:.1f} percent of the test rows",
         "making: with the trainings already done, but for the retrained, which are made by training",
     ]
     tables = {"eleven preferences": summary, "accuracy by weight, mean over seeds": curves}

@@ -91,7 +91,9 @@ def literal(base, lane, tokens):
         c, e = un[:, :1], un[:, 1:]
         shares = (e @ xn.transpose(1, 2) / WIDTH**0.5).softmax(-1)
         torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
-        q, k, v = F.linear(torch.cat([c, shares @ xn], 1), attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+        q, k, v = F.linear(torch.cat([c, shares @ xn], 1), attention.in_proj_weight, attention.in_proj_bias).chunk(
+            3, -1
+        )
         if index < len(lane.keys):
             k = torch.cat([lane.keys[index].expand(len(x), -1, -1), k], 1)
             v = torch.cat([lane.values[index].expand(len(x), -1, -1), v], 1)
@@ -522,7 +524,10 @@ def test_a_checkpoint_of_another_learner_is_refused(tmp_path):
         (learner_on(backbone(), lr=0.02), "run with lr 0.01"),
         (learner_on(backbone(seed=1)), "run with fingerprint"),
         (learner_on(backbone(), prompts=2), "run with prompts 3"),
-        (Finetune(LaneNet(backbone(), OUTPUTS, selectors=4, prompts=3, depth=2), OUTPUTS), "run with learner 'MultiLane'"),
+        (
+            Finetune(LaneNet(backbone(), OUTPUTS, selectors=4, prompts=3, depth=2), OUTPUTS),
+            "run with learner 'MultiLane'",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             learn(other, stream, batch_size=12, folder=tmp_path)

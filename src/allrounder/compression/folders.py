@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..data.text import Tokens, text_suite, tokenize
 from ..errors import InputError
-from ..nets.encoders import _quiet, load_tokenizer
+from ..nets.encoders import quiet, load_tokenizer
 from ..saving import replacing
 from ..task import Batches, Task, to_device
 from .encoder_states import Encoder, build_student, uniform_map
@@ -221,7 +221,7 @@ def distil_folder(
         for stage in stages
     ]
     account |= {"notes": notes, "seconds": round(time.perf_counter() - started, 1)}
-    with replacing(out) as folder, _quiet():
+    with replacing(out) as folder, quiet():
         small.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "distillation.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
@@ -260,7 +260,7 @@ def _open(folder: str | Path, kind: str) -> Any:
     except ImportError as error:
         raise InputError("distilling model folders needs transformers: pip install 'allrounder[hf]'") from error
     try:
-        with _quiet():
+        with quiet():
             model, info = getattr(transformers, kind).from_pretrained(
                 Path(folder).expanduser(), dtype=torch.float32, output_loading_info=True
             )

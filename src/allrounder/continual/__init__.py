@@ -6,7 +6,7 @@ other and returns a `Record` with the matrix of accuracies.
 
 from .baselines import AGEM, ER, DERpp, Finetune, GDumb, Joint
 from .buffer import Buffer
-from .change_detection import AtChanges, LossJump
+from .change_detection import AtChanges, Detector, LossJump
 from .driver import Record, evaluate, learn
 from .fpf import FPF, change, sensitive, trigger_steps
 from .ibcl import IBCL
@@ -22,7 +22,7 @@ from .prompt_src_clip import PromptedCLIP
 from .regularisers import EWC, SI, LwF
 from .simple_cil import SimpleCIL
 from .stream import Experience, Stream, average_precision, hide, in_sequence, permuted, revisit, split_by_class
-from .tame import TAME, expert_accuracies
+from .tame import TAME, Switch, expert_accuracies
 from .two_tower import (
     Taught,
     TwoTower,
@@ -39,12 +39,12 @@ from .two_tower import (
 
 __all__ = [
     "AGEM", "ER", "EWC", "FPF", "IBCL", "L2P", "MOS", "SI", "TAME", "AtChanges", "Batch", "Buffer", "DERpp",
-    "Experience", "Finetune", "GDumb", "GradientLearner", "Joint", "Learner", "LossJump", "LwF", "MultiLabelLwF",
-    "MultiLane", "PromptSRC", "PromptedCLIP", "Record", "SimpleCIL", "Stream", "TaskInfo", "Taught", "TwoTower",
-    "average_accuracy", "average_precision", "backward_transfer", "base_novel", "base_to_novel", "change", "check",
-    "evaluate", "expert_accuracies", "few_shot", "forgetting", "forward_transfer", "gaussian_weights",
-    "glyph_grids", "harmonic_mean", "hide", "in_sequence", "learn", "linear_probe", "load_prompts", "permuted",
-    "plasticity", "power_law", "prompt_head", "prompt_src_loss", "rehearsal_counts", "rehearsal_shares", "revisit",
-    "save_prompts", "sensitive", "split_by_class", "split_by_label", "taught", "teacher_features", "trigger_steps",
-    "zero_shot_head",
+    "Detector", "Experience", "Finetune", "GDumb", "GradientLearner", "Joint", "Learner", "LossJump", "LwF",
+    "MultiLabelLwF", "MultiLane", "PromptSRC", "PromptedCLIP", "Record", "SimpleCIL", "Stream", "Switch",
+    "TaskInfo", "Taught", "TwoTower", "average_accuracy", "average_precision", "backward_transfer", "base_novel",
+    "base_to_novel", "change", "check", "evaluate", "expert_accuracies", "few_shot", "forgetting",
+    "forward_transfer", "gaussian_weights", "glyph_grids", "harmonic_mean", "hide", "in_sequence", "learn",
+    "linear_probe", "load_prompts", "permuted", "plasticity", "power_law", "prompt_head", "prompt_src_loss",
+    "rehearsal_counts", "rehearsal_shares", "revisit", "save_prompts", "sensitive", "split_by_class",
+    "split_by_label", "taught", "teacher_features", "trigger_steps", "zero_shot_head",
 ]  # fmt: skip

@@ -104,7 +104,9 @@ class LaneBackbone:
         with torch.no_grad(), frozen(self.module):
             for index, block in enumerate(self.blocks):
                 if self.width % block.heads:
-                    raise InputError(f"block {index} has {block.heads} heads, which do not divide the width {self.width}")
+                    raise InputError(
+                        f"block {index} has {block.heads} heads, which do not divide the width {self.width}"
+                    )
                 normed = block.norm1(tokens)
                 mixed = block.attention(block.query(normed), block.key(normed), block.value(normed))
                 made = tokens + block.project(mixed)
@@ -203,7 +205,9 @@ def torch_backbone(
     def part(attention: nn.MultiheadAttention, number: int) -> Map:
         def project(tokens: Tensor) -> Tensor:
             bias = attention.in_proj_bias
-            return F.linear(tokens, attention.in_proj_weight.chunk(3)[number], bias if bias is None else bias.chunk(3)[number])
+            return F.linear(
+                tokens, attention.in_proj_weight.chunk(3)[number], bias if bias is None else bias.chunk(3)[number]
+            )
 
         return project
 
@@ -268,7 +272,11 @@ class Lane(nn.Module):
         if like is None:
             self.selectors = put(orthogonal(selectors))
             self.keys, self.values = (
-                put(torch.stack([orthogonal(prompts) for _ in range(depth)]) if depth else torch.empty(0, prompts, width))
+                put(
+                    torch.stack([orthogonal(prompts) for _ in range(depth)])
+                    if depth
+                    else torch.empty(0, prompts, width)
+                )
                 for _ in range(2)
             )
         else:

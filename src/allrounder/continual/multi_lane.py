@@ -124,7 +124,9 @@ class MultiLane(Learner):
                 "tasks that share no class, or the very same classes again"
             )
         if classes and not 0 <= classes[0] <= classes[-1] < self.outputs:
-            raise InputError(f"the task has the classes {list(classes)}; the learner has outputs 0 to {self.outputs - 1}")
+            raise InputError(
+                f"the task has the classes {list(classes)}; the learner has outputs 0 to {self.outputs - 1}"
+            )
         if not same:
             self.lanes.append(self._lane(classes, self.lanes[-1] if self.lanes else None))
         self.current = same[0] if same else len(self.lanes) - 1
@@ -204,7 +206,8 @@ class MultiLane(Learner):
             "selectors": sum(size_of(lane.selectors) for lane in self.lanes),
             "prompts": sum(size_of(lane.keys) + size_of(lane.values) for lane in self.lanes),
             "head": sum(size_of(lane.weight) + size_of(lane.bias) for lane in self.lanes),
-            "evolved selectors": sum(blocks * lane.selectors.numel() for lane in self.lanes) * self.backbone.cls.element_size(),
+            "evolved selectors": sum(blocks * lane.selectors.numel() for lane in self.lanes)
+            * self.backbone.cls.element_size(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,7 +220,8 @@ class MultiLane(Learner):
             "shape": [self.selectors, self.prompts, self.depth, self.backbone.width, self.outputs],
             "tasks": dict(self.tasks),
             "lanes": [
-                {"classes": list(lane.classes)} | {name: value.detach().clone() for name, value in lane.state_dict().items()}
+                {"classes": list(lane.classes)}
+                | {name: value.detach().clone() for name, value in lane.state_dict().items()}
                 for lane in self.lanes
             ],
             "current": self.current,

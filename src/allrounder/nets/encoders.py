@@ -55,7 +55,7 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar and table of loaded tensors: what is missing becomes an error."""
     from transformers.utils import logging
 
@@ -77,7 +77,7 @@ def _load(kind: str, folder: str | Path, **options: Any) -> Any:
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} is not a model folder; give a folder with config.json and its weights")
     try:
-        with _quiet():
+        with quiet():
             return factory.from_pretrained(folder, **options)
     except Exception as error:  # the library and its formats have a dozen kinds of failure, and all mean the same here
         reason = str(error).strip().split("\n")[0]

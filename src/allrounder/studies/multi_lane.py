@@ -86,9 +86,7 @@ def _operations() -> dict[str, float]:
 
     backbone = frozen_blocks(0, **VIT_B)
     generator = torch.Generator().manual_seed(0)
-    lanes = [
-        Lane(backbone, [number], selectors=20, prompts=20, depth=5, generator=generator) for number in range(10)
-    ]
+    lanes = [Lane(backbone, [number], selectors=20, prompts=20, depth=5, generator=generator) for number in range(10)]
     image, stacks = torch.randn(1, VIT_B["tokens"], VIT_B["width"], generator=generator), {}
     for count in (1, 10):
         stacks[f"{count} lanes in one batch" if count > 1 else "1 lane"] = LaneStack(backbone, lanes[:count]).scores
@@ -139,7 +137,9 @@ def _arms(seed: int, epochs: int) -> tuple[dict[str, dict[str, Any]], float, flo
 
     def one_lane(kind: Any, **options: Any) -> Learner:
         net = LaneNet(backbone, CLASSES, seed=seed, **SHAPE)
-        return kind(net, CLASSES, optimiser=lambda parameters: torch.optim.Adam(parameters, lr=LR), seed=seed, **options)
+        return kind(
+            net, CLASSES, optimiser=lambda parameters: torch.optim.Adam(parameters, lr=LR), seed=seed, **options
+        )
 
     arms = {
         "one lane": one_lane(Finetune),
@@ -182,7 +182,9 @@ def run(scale: Scale, seed: int) -> Finding:
     counted = _operations()
     passes = counted["10 lanes in one batch"] / counted["frozen model"]
     claims = [
-        Claim.at_most("an old logit changes while later tasks train, weight decay 0.01", max(r[2] for r in results), 0, ""),
+        Claim.at_most(
+            "an old logit changes while later tasks train, weight decay 0.01", max(r[2] for r in results), 0, ""
+        ),
         Claim.at_most("MULTI-LANE: an old task's score changes", max(r[1] for r in results), 0, ""),
         Claim.at_least("old classes: MULTI-LANE over chance", value("MULTI-LANE", "old") - SHARE, 0.1, ""),
         Claim.at_most("10 lanes at the size of ViT-B/16, in frozen passes", passes, 2.1, ""),
