@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import allrounder.compression.genie as genie_module
-from allrounder.compression.conv_graph import fold
+from allrounder.compression.conv_graph import OPS, fold
 from allrounder.compression.genie import quantize
 from allrounder.compression.genie_data import Synthesis
 from allrounder.compression.genie_folder import quantize_folder
@@ -113,8 +113,6 @@ def test_the_network_computes_what_its_integers_say(small, images):
             else:
                 out = torch.conv2d(read[0], weight.float(), layer.bias, node.options["stride"], node.options["padding"])
         else:
-            from allrounder.compression.conv_graph import OPS
-
             out = OPS[node.op](*read, **node.options)
         if node.name in described["activations"]:
             limit = described["activations"][node.name]

@@ -150,6 +150,15 @@ def test_what_is_not_supported_is_named():
         def forward(self, x):
             return self.conv(x + 1)
 
+    class Fickle(Branching):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(x) if self.calls % 2 else self.conv(x).relu()
+
+    with pytest.raises(InputError, match="does not do what the model does"):
+        trace(Fickle(), (3, 8, 8))
     with pytest.raises(InputError, match="cannot be traced on images of shape"):
         trace(Branching(), (3, 8, 8))
     with pytest.raises(InputError, match="the model gives 2 tensors"):

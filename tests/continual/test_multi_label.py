@@ -56,7 +56,7 @@ def test_divided_images_come_once():
     task = toy()
     stream = split_by_label(task, 2, images="divided", seed=4)
     rows = [where(task, item.train.inputs) for item in stream]
-    assert sorted(sum(rows, [])) == list(range(60))
+    assert sorted(row for part in rows for row in part) == list(range(60))
     assert all(row == sorted(row) for row in rows)
     assert {len(row) for row in rows} == {20}
     again = split_by_label(task, 2, images="divided", seed=4)
@@ -145,7 +145,8 @@ def test_bad_grids_are_refused():
     for options, message in [
         ({"letters": 0}, "at least 1"), ({"blank": 1.0}, r"blank is in \[0, 1\)"), ({"test": 0}, "at least 1"),
         ({"systems": ["latin", "latin"]}, "systems must differ"), ({"systems": []}, "systems must differ"),
-        ({"systems": ["klingon"]}, "no task 'klingon'"), ({"systems": ["digits"], "letters": 11}, "'digits' has 10 letters"),
+        ({"systems": ["klingon"]}, "no task 'klingon'"),
+        ({"systems": ["digits"], "letters": 11}, "'digits' has 10 letters"),
         ({"systems": ["latin"], "glyphs": 20}, "'latin' has 26 letters"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -10,17 +10,8 @@ from torch.nn import functional as F
 
 from allrounder.continual import Experience, Stream, evaluate, hide, learn, revisit
 from allrounder.continual import lanes as lane_file
-from allrounder.continual.lanes import (
-    Lane,
-    LaneBackbone,
-    LaneBlock,
-    LaneNet,
-    LaneStack,
-    evolve,
-    summarise,
-    torch_backbone,
-    vit_backbone,
-)
+from allrounder.continual.lane_backbone import LaneBackbone, LaneBlock, torch_backbone, vit_backbone
+from allrounder.continual.lanes import Lane, LaneNet, LaneStack, evolve, summarise
 from allrounder.continual.learner import Batch, TaskInfo
 from allrounder.continual.multi_lane import MultiLane
 from allrounder.errors import InputError
@@ -156,6 +147,8 @@ def test_a_stack_of_lanes_is_the_lanes_one_by_one():
     found = stack.scores(images())
     assert stack.classes.tolist() == [1, 4, 0, 2, 3, 5]
     torch.testing.assert_close(found, torch.cat([lane.scores(base, images()) for lane in lanes], 1))
+    with pytest.raises(InputError, match="two lanes score the same class"):
+        LaneStack(base, [*lanes, lanes[1]])
 
 
 def test_selectors_evolve_without_the_image():
@@ -288,6 +281,8 @@ def test_earlier_lanes_stay_bit_identical_whatever_the_optimiser():
         tokens = images(50, 9, torch.float32)
         for task, classes in enumerate([(0, 1), (2, 3)]):
             begin(learner, classes, task)
+            (group,) = learner.optimiser.param_groups
+            assert {id(p) for p in group["params"]} == {id(p) for p in learner.lanes[task].parameters()}
             for _ in range(3):
                 learner.observe(Batch(tokens[:8], labels(8, classes)))
             learner.end_task(TaskInfo(task, classes, []))
@@ -398,6 +393,16 @@ def test_the_learning_rate_falls_to_nothing_within_a_task_and_begins_again():
         learner.end_task(TaskInfo(task, classes, batches))
     expected = [0.05 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     assert rates == pytest.approx(expected * 2)
+
+
+def test_an_optimiser_of_ones_own_keeps_its_rate():
+    learner = learner_on(backbone(), epochs=2, optimiser=lambda p: torch.optim.SGD(p, lr=0.5))
+    batch, rates = Batch(images(4), labels(4, (0, 1))), []
+    begin(learner, (0, 1), 0, [batch])
+    for _ in range(2):
+        learner.observe(batch)
+        rates.append(learner.optimiser.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5, 0.25])
 
 
 def test_predict_changes_nothing_and_follows_training():
@@ -580,8 +585,8 @@ def test_a_block_that_is_not_what_it_says_is_refused():
         LaneBackbone(base.module, base.embed, base.cls, blocks, base.norm)
     with pytest.raises(InputError, match="at least one block"):
         LaneBackbone(base.module, base.embed, base.cls, [], base.norm)
+    blocks = [LaneBlock(**{**vars(block), "heads": 5}) for block in base.blocks]
     with pytest.raises(InputError, match="5 heads"):
-        blocks = [LaneBlock(**{**vars(block), "heads": 5}) for block in base.blocks]
         LaneBackbone(base.module, base.embed, base.cls, blocks, base.norm)
     flat = torch_backbone(base.module, base.module.layers, embed=lambda x: x, cls=base.cls, norm=base.norm)
     with pytest.raises(InputError, match=r"expected \(B, N, 32\)"):

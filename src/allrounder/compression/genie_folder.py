@@ -96,12 +96,9 @@ def quantize_folder(
     if images is not None:
         given = _images(images, shape)
     else:
-        name = f"images-{seed}-{count}-{image_batch}-{image_steps}"
-        given = None
-    if given is None:
-        graph = trace(network, shape)
-        (work / name).mkdir(parents=True, exist_ok=True)
-        given = synthesize(graph, shape, how, seed=seed, folder=work / name, progress=progress)
+        made = work / f"images-{seed}-{count}-{image_batch}-{image_steps}"
+        made.mkdir(parents=True, exist_ok=True)
+        given = synthesize(trace(network, shape), shape, how, seed=seed, folder=made, progress=progress)
     small = quantize(
         network, weights=weights, activations=activations, image_shape=shape, images=given, method=method,
         rounding=Rounding(steps=steps, batch=batch_size), seed=seed, folder=work / "blocks", progress=progress,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,6 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
     stream = packed[:, None].bitwise_right_shift(places).bitwise_and_(1).view(-1)[: count * bits].view(count, bits)
     return stream.bitwise_left_shift(places[:bits]).sum(1, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    bits: int
-    shape: list[int]
-    bias: bool
 
 
 class QuantizedLayer(nn.Module):
@@ -253,7 +245,11 @@ class QuantizedNetwork(nn.Module):
                 "output": graph.output,
                 "nodes": [vars(node) | {"inputs": list(node.inputs)} for node in graph.nodes],
                 "layers": {
-                    name: vars(_Shape(made["bits"], list(made["integers"].shape), "bias" in graph.tensors[name]))
+                    name: {
+                        "bits": made["bits"],
+                        "shape": list(made["integers"].shape),
+                        "bias": "bias" in graph.tensors[name],
+                    }
                     for name, made in layers.items()
                 },
                 "activations": {name: {k: made[k] for k in ("bits", "signed")} for name, made in activations.items()},

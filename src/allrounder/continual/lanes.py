@@ -12,8 +12,8 @@ The main stream x is the frozen model, without gradient. A lane is a class token
 
 A lane's feature is `LN(c) / |LN(c)|` after the last block. c begins as the model's CLS embedding without position.
 
-`LaneBackbone` and `LaneBlock` describe the frozen model by callables: `vit_backbone` those of a transformers ViT,
-`torch_backbone` those of `nn.TransformerEncoderLayer`. Nothing is copied, and hooks or adapters inside the model are seen.
+Use them beside a model that is to stay as it is, where its class token should look for other things: what a lane trains
+is S d + 2 P K d numbers. The model is described by a `LaneBackbone`.
 
 Cost, for one image and T lanes: the main stream once, without its last block, and in each block for each lane
 `4 S N d` for the summaries and about `(4 S + 24) d^2` operations for the rest; a block of the main stream takes
@@ -27,11 +27,7 @@ MLP of tokens whose results are dropped there are not computed here.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,197 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..nets.calling import evaluating, wide
-from ..nets.prompts import encoder_layers
+from ..nets.calling import wide
+from .lane_backbone import LaneBackbone, frozen
 
-__all__ = ["Lane", "LaneBackbone", "LaneBlock", "LaneNet", "LaneStack", "summarise", "torch_backbone", "vit_backbone"]
-
-Map = Callable[[Tensor], Tensor]
-PROBE = 33  # tokens of the stream on which a description is compared with its block
-
-
-@dataclass(frozen=True)
-class LaneBlock:
-    """One pre-LN block, `x + project(attention(query, key, value of norm1(x)))`, then `x + mlp(norm2(x))`.
-
-    Args:
-        norm1, query, key, value, project, norm2, mlp: its parts, `(..., d) -> (..., d)`. Heads lie side by side in d.
-        heads: of its attention; scale `1 / sqrt(d / heads)`.
-        whole: the block itself, `(B, N, d) -> (B, N, d)`; it moves the main stream.
-    """
-
-    norm1: Map
-    query: Map
-    key: Map
-    value: Map
-    project: Map
-    norm2: Map
-    mlp: Map
-    heads: int
-    whole: Map
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`(..., n, d)` and twice `(..., m, d)` -> `(..., n, d)`, without the output projection."""
-        parts = [part.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for part in (query, key, value)]
-        return F.scaled_dot_product_attention(*parts).transpose(-2, -3).flatten(-2)
-
-
-@dataclass(frozen=True)
-class LaneBackbone:
-    """A frozen transformer, as lanes use it. Copies share it.
-
-    Args:
-        module: all its parameters. It is in evaluation mode and without gradient while it is used.
-        embed: inputs -> tokens `(B, N, d)` of the first block, positions added.
-        cls: the CLS embedding without position, d entries in any shape; give the parameter itself.
-        blocks: its blocks, at least one.
-        norm: the norm after the last block.
-
-    Raises:
-        InputError: no blocks, heads that do not divide d, or a block that is not what its parts say: post-LN, windowed
-            or biased attention, scaled residuals.
-    """
-
-    module: nn.Module
-    embed: Callable[[Any], Tensor]
-    cls: Tensor
-    blocks: Sequence[LaneBlock]
-    norm: Map
-
-    def __post_init__(self) -> None:
-        if not self.blocks:
-            raise InputError("a backbone for lanes needs at least one block")
-        tokens = torch.randn(1, PROBE, self.width, generator=torch.Generator().manual_seed(0))
-        tokens = tokens.to(self.cls.device, self.cls.dtype)
-        with torch.no_grad(), frozen(self.module):
-            for index, block in enumerate(self.blocks):
-                if self.width % block.heads:
-                    raise InputError(
-                        f"block {index} has {block.heads} heads, which do not divide the width {self.width}"
-                    )
-                normed = block.norm1(tokens)
-                mixed = block.attention(block.query(normed), block.key(normed), block.value(normed))
-                made = tokens + block.project(mixed)
-                made = made + block.mlp(block.norm2(made))
-                whole = block.whole(tokens)
-                error = wide(made - whole).abs().max() / wide(whole - tokens).abs().max()
-                if not error <= max(1e-3, 30 * torch.finfo(tokens.dtype).eps):
-                    raise InputError(
-                        f"block {index} is not a pre-LN block with attention over all tokens: its parts give another "
-                        f"result than the block itself (off by {error:.2g}); lanes cannot run through windowed or "
-                        "biased attention, post-LN blocks or scaled residuals"
-                    )
-
-    @property
-    def width(self) -> int:
-        return self.cls.numel()
-
-    @property
-    def device(self) -> torch.device:
-        return self.cls.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of lanes: the model's own, at least float32."""
-        return torch.promote_types(self.cls.dtype, torch.float32)
-
-    def fingerprint(self) -> str:
-        """Changes with any weight of the module."""
-        found = 0
-        for value in self.module.state_dict().values():
-            found = zlib.crc32(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data, found)
-        return f"{found:08x}"
-
-    def __deepcopy__(self, memo: dict) -> LaneBackbone:
-        return self
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for its parameters inside the block; afterwards all as it was."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with evaluating(module):
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def vit_backbone(model: nn.Module) -> LaneBackbone:
-    """Of a transformers `ViTModel`, or a model with one at `vit`. Inputs: `pixel_values`, as a tensor or in a dict.
-
-    Raises:
-        InputError: for another architecture, and where there is no CLS embedding.
-    """
-    model = getattr(model, "vit", model)
-    embeddings: Any = getattr(model, "embeddings", None)
-    if not isinstance(getattr(embeddings, "cls_token", None), Tensor) or not hasattr(model, "layernorm"):
-        raise InputError(
-            f"{type(model).__name__} is not a ViTModel with a CLS embedding; describe it with LaneBackbone if it is a "
-            "pre-LN transformer that has one"
-        )
-    blocks = []
-    for layer in encoder_layers(model):
-        try:
-            attention: Any = layer.attention
-            blocks.append(
-                LaneBlock(
-                    layer.layernorm_before, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-                    layer.layernorm_after, layer.mlp, attention.num_attention_heads, layer,
-                )
-            )  # fmt: skip
-        except AttributeError as error:
-            raise InputError(f"a layer of {type(model).__name__} is not that of a ViT ({error})") from error
-
-    def embed(inputs: Any) -> Tensor:
-        pixels = inputs["pixel_values"] if isinstance(inputs, Mapping) else inputs
-        return embeddings(pixels.to(embeddings.cls_token.dtype))
-
-    return LaneBackbone(model, embed, embeddings.cls_token, blocks, model.layernorm)  # type: ignore[arg-type]
-
-
-def torch_backbone(
-    module: nn.Module, layers: Sequence[nn.Module], *, embed: Callable[[Any], Tensor], cls: Tensor, norm: Map
-) -> LaneBackbone:
-    """Of `nn.TransformerEncoderLayer`s with `norm_first=True` and `batch_first=True`.
-
-    Args:
-        module: holds the layers and all else that `embed` and `norm` use.
-        layers: the blocks.
-        embed, cls, norm: as for `LaneBackbone`.
-    """
-
-    def part(attention: nn.MultiheadAttention, number: int) -> Map:
-        def project(tokens: Tensor) -> Tensor:
-            bias = attention.in_proj_bias
-            return F.linear(
-                tokens, attention.in_proj_weight.chunk(3)[number], bias if bias is None else bias.chunk(3)[number]
-            )
-
-        return project
-
-    def mlp(layer: Any, tokens: Tensor) -> Tensor:
-        return layer.linear2(layer.activation(layer.linear1(tokens)))
-
-    blocks = []
-    for layer in layers:
-        if not isinstance(layer, nn.TransformerEncoderLayer) or not layer.self_attn.batch_first:
-            raise InputError("layers must be nn.TransformerEncoderLayer with norm_first=True and batch_first=True")
-        attention = layer.self_attn
-        inner = [part(attention, number) for number in range(3)]
-        blocks.append(
-            LaneBlock(
-                layer.norm1, *inner, attention.out_proj, layer.norm2, partial(mlp, layer), attention.num_heads, layer
-            )
-        )
-    return LaneBackbone(module, embed, cls, blocks, norm)
+__all__ = ["Lane", "LaneNet", "LaneStack", "evolve", "summarise"]
 
 
 class Lane(nn.Module):
-    """What one task trains: selectors `(S, d)`, prefix `keys` and `values` `(P, K, d)`, `weight` `(C, d)`, `bias` `(C,)`.
+    """What one task trains: selectors `(S, d)`, prefix `keys` and `values` `(P, K, d)`, `weight` `(C, d)` and `bias`.
 
     Args:
         backbone: what it runs beside.
@@ -271,14 +84,9 @@ class Lane(nn.Module):
 
         if like is None:
             self.selectors = put(orthogonal(selectors))
-            self.keys, self.values = (
-                put(
-                    torch.stack([orthogonal(prompts) for _ in range(depth)])
-                    if depth
-                    else torch.empty(0, prompts, width)
-                )
-                for _ in range(2)
-            )
+            drawn = [orthogonal(prompts) for _ in range(2 * depth)]
+            prefixes = torch.stack(drawn) if drawn else torch.empty(0, prompts, width)
+            self.keys, self.values = (put(part) for part in prefixes.view(2, depth, prompts, width))
         else:
             self.selectors, self.keys, self.values = put(like.selectors), put(like.keys), put(like.values)
         self.weight = put(0.02 * torch.randn(len(classes), width, generator=generator))
@@ -374,7 +182,10 @@ class LaneStack:
         self.values = torch.stack([lane.values for lane in lanes], 1)
         self.weight = torch.cat([lane.weight for lane in lanes])  # (C, d)
         self.bias = torch.cat([lane.bias for lane in lanes])
-        self.classes = torch.tensor([number for lane in lanes for number in lane.classes], device=self.bias.device)
+        numbers = [number for lane in lanes for number in lane.classes]
+        if len(set(numbers)) != len(numbers):
+            raise InputError("two lanes score the same class; give lanes whose classes differ")
+        self.classes = torch.tensor(numbers, device=self.bias.device)
         owner = torch.tensor([i for i, lane in enumerate(lanes) for _ in lane.classes], device=self.bias.device)
         self.owns = owner == torch.arange(len(lanes), device=self.bias.device).unsqueeze(1)  # (T, C)
 

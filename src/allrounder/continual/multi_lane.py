@@ -6,7 +6,8 @@ Task t trains its own selectors E_t, prefix prompts P_t and rows of the head (se
     multi-label: mean over Y_t of the binary cross-entropy        # single-label: cross-entropy over Y_t
 
 All lanes answer at once, class c of Y_t by lane t: nothing is selected, and nothing that belongs to an earlier task is
-ever touched again. Lanes are added as tasks come.
+ever touched again. Lanes are added as tasks come. A lane's numbers stay bit-identical, and so do its answers when it is
+asked alone (by the number of its task); beside more lanes in one batch, rounding may differ in the last bits.
 
 Use it where images show several things and each task labels only its own, or for class-incremental streams with many
 tasks: old classes cannot be forgotten, nothing is stored of the data. Not where tasks share classes. Lanes were never
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .lanes import Lane, LaneBackbone, LaneStack, vit_backbone
+from .lane_backbone import LaneBackbone, vit_backbone
+from .lanes import Lane, LaneStack
 from .learner import Batch, Learner, TaskInfo, size_of
 
 __all__ = ["MultiLane"]
@@ -46,8 +48,8 @@ class MultiLane(Learner):
     Args:
         backbone: a transformers `ViTModel`, or any pre-LN transformer described as `LaneBackbone`; never changed.
         outputs: size of the output space.
-        selectors: S, summaries a lane makes of an image; at least 1, no more than the image has tokens. Paper: 20 (COCO,
-            CIFAR-100), 10 (VOC).
+        selectors: S, summaries a lane makes of an image; at least 1, no more than the image has tokens. Paper: 20
+            (COCO, CIFAR-100), 10 (VOC).
         prompts: K, prefix prompts in each of the first blocks; at least 0. Paper: as many as selectors.
         depth: how many blocks have them; all where there are fewer. Paper: 5 of 12.
         lr: of Adam. Paper: 0.03, 0.05 and 0.01 x batch / 256 for COCO, VOC and CIFAR-100.
@@ -69,7 +71,8 @@ class MultiLane(Learner):
     needs: ClassVar[frozenset[str]] = frozenset({"boundaries", "class_list"})
     labels: ClassVar[frozenset[str]] = frozenset({"single", "multi"})
     kept: ClassVar[tuple[str, ...]] = (
-        "seen", "gradients", "generator", "backbone", "shape", "tasks", "lanes", "current", "optimiser", "step", "steps",
+        "seen", "gradients", "generator", "backbone", "shape", "tasks", "lanes", "current", "optimiser", "step",
+        "steps",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +109,7 @@ class MultiLane(Learner):
         self.current: int | None = None  # the lane in training
         self.optimiser: torch.optim.Optimizer | None = None
         self.step, self.steps = 0, 0
+        self._rates: list[float] = []
         self._stack: LaneStack | None = None
 
     @property
@@ -134,8 +138,13 @@ class MultiLane(Learner):
             self.tasks[info.task] = self.current
         self.step = 0
         self.steps = 0 if self.epochs is None else self.epochs * sum(1 for _ in info.batches)
-        self.optimiser = self._optimiser(list(self.lanes[self.current].parameters()))
         self._stack = None
+        self._start(self.lanes[self.current])
+
+    def _start(self, lane: Lane) -> torch.optim.Optimizer:
+        self.optimiser = self._optimiser(list(lane.parameters()))
+        self._rates = [group["lr"] for group in self.optimiser.param_groups]
+        return self.optimiser
 
     def _lane(self, classes: tuple[int, ...], like: Lane | None) -> Lane:
         return Lane(
@@ -176,8 +185,8 @@ class MultiLane(Learner):
             optimiser.zero_grad()
             loss.backward()
         if self.steps:
-            for group in optimiser.param_groups:
-                group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * min(1, self.step / self.steps)))
+            for group, rate in zip(optimiser.param_groups, self._rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(1, self.step / self.steps)))
         optimiser.step()
         self.step, self.gradients, self._stack = self.step + 1, self.gradients + len(batch), None
         self.seen[list(lane.classes)] = True
@@ -256,5 +265,4 @@ class MultiLane(Learner):
         self.step, self.steps, self._stack = state["step"], state["steps"], None
         self.optimiser = None
         if self.current is not None:
-            self.optimiser = self._optimiser(list(self.lanes[self.current].parameters()))
-            self.optimiser.load_state_dict(state["optimiser"])
+            self._start(self.lanes[self.current]).load_state_dict(state["optimiser"])
