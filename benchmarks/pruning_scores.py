@@ -66,8 +66,8 @@ def forward_backward() -> None:
             model.zero_grad()
 
 
-def score(verb: str, folder: str | None = None) -> None:
-    """One verb on a copy of the model (on the model itself, with a folder)."""
+def score(verb: str, folder: str | None = None, copied: bool = True) -> None:
+    """One verb on a copy of the model, or on the model itself."""
     import copy
     from pathlib import Path
 
@@ -77,7 +77,7 @@ def score(verb: str, folder: str | None = None) -> None:
     from allrounder.compression.sparsegpt import sparsegpt
 
     model, general, domain = STATE["model"], STATE["general"], STATE["domain"]
-    if folder is None:
+    if copied:
         model = copy.deepcopy(model)
     place = None if folder is None else Path(folder)
     if verb == "SparseGPT":
@@ -112,7 +112,7 @@ def memory_of(what: str, size: str) -> None:
         STATE["domain"] = STATE["domain"][:1]
         forward_backward()
     else:
-        score(what, None if what == "Wanda" else str(folder_of("pruning") / "run"))
+        score(what, None if what == "Wanda" else str(folder_of("pruning") / "run"), copied=False)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 ResNet-20 and ResNet-56 of the data folder's `resnet_cifar10`. Images are made once a network and seed; then weights
 and activations are quantised to W4A4, W3A3 and W2A4 by rounding to nearest and by Genie-M on the made images, at W4A4
-also on learned pixels (ZeroQ) and on real photographs (`sign_language_digits`, training part).
+also on learned pixels (ZeroQ, ResNet-20 only) and on real photographs (`sign_language_digits`, training part).
 
 Reported: agreement with the full-precision network's classes on the made images and on photographs that no method
 saw (`sign_language_digits`, test part: real 32 x 32 colour images, not of the network's own classes), BatchNorm loss,
@@ -12,9 +12,9 @@ size on disk, what onnxruntime says of the exported file, and CPU seconds. If th
 (`train_x`, `train_y`, `test_x`, `test_y`, like the other sets), accuracy on it is reported too, and its images are the
 real ones.
 
-The paper makes 1,024 images with 4,000 steps a batch and fits a block in 20,000 steps, on a GPU. Here it is 128 images,
-150 steps and 200 steps with higher learning rates (bits 3e-2, steps 1e-3, rounding term 0.01), so that one seed takes
-about ten minutes on one CPU core; `--small` is ResNet-20 at W4A4 with less of everything.
+The paper makes 1,024 images with 4,000 steps a batch and fits a block in 20,000 steps, on a GPU. Here it is 256 images
+with 120 steps a batch and 200 steps a block, with higher learning rates (bits 3e-2, steps 1e-3, rounding term 0.01), so
+that one seed takes about a quarter of an hour on one CPU core; `--small` is ResNet-20 at W4A4 with less of everything.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ class Comparison:
         self.held_out = normalised(sets["test_x"])
         if own.is_file():
             self.labels = torch.from_numpy(sets["test_y"])
-        count = 64 if small else 128
+        count = 64 if small else 256
         order = torch.randperm(len(sets["train_x"]), generator=torch.Generator().manual_seed(seed))[:count]
         self.graph = trace(self.model, SHAPE)
         self.how = Rounding(steps=60 if small else 200, **RATES)
         self.sources = {"real photographs": normalised(sets["train_x"][order.numpy()])}
         self.seconds: dict[str, float] = {"real photographs": 0.0}
         for label, kind in (("Genie-D images", "generator"), ("learned pixels", "pixels")):
-            if small and kind == "pixels":
+            if kind == "pixels" and (small or depth > 20):
                 continue
-            how = Synthesis(count=count, batch=count, steps=60 if small else 150, kind=kind)  # type: ignore[arg-type]
+            how = Synthesis(count=count, batch=128, steps=60 if small else 120, kind=kind)  # type: ignore[arg-type]
             start = time.process_time()
             with self.task(f"{self.name}: {label}") as tick:
                 self.sources[label] = synthesize(self.graph, SHAPE, how, seed=seed, progress=tick)

@@ -7,7 +7,7 @@ tokens, scaled to the length of a vision transformer's (sqrt d).
 
 To stay within minutes on one CPU thread: 8 training and 10 test texts an intent of the 100 and 30 there are, at
 most 20 tokens, few epochs, and accuracies after the last domain only. Settings were chosen beforehand, on 5 validation
-texts an intent with the first seed, of four for MOS and two for L2P; test texts only report.
+texts an intent with the first seed, of four for MOS and four learning rates for L2P; test texts only report.
 
     python examples/mos_intents.py --data FOLDER [--json FILE] [--small]
 """
@@ -94,7 +94,7 @@ def learners(upper: Callable[[], Upper], outputs: int, seed: int) -> dict[str, L
     return {
         "class means (SimpleCIL)": SimpleCIL(upper(), outputs),
         "one adapter": LastAdapter(upper(), outputs, **whole | {"merge": 0.0, "relation": 0.0, "align_epochs": 0}),
-        "L2P": L2P(upper(), outputs, select=3, length=4, seed=seed),
+        "L2P": L2P(upper(), outputs, select=3, length=4, lr=0.01, seed=seed),
         "MOS": MOS(upper(), outputs, **whole),
         "MOS without merging": MOS(upper(), outputs, **whole | {"merge": 0.0}),
         "MOS without alignment": MOS(upper(), outputs, **whole | {"align_epochs": 0}),

@@ -89,6 +89,19 @@ def test_general_importance_leaves_the_model_and_sees_pruned_inputs():
     assert not torch.allclose(dense[last], half[last])
 
 
+def test_a_general_pass_that_fails_leaves_the_model():
+    model = small()
+    with torch.no_grad():
+        model.blocks[1].mlp[0].weight.fill_(1e30)  # what the second layer of this MLP receives has no finite square
+    before = state(model)
+    with pytest.raises(ar.InputError, match=r"inputs of 'blocks\.1\.mlp\.2\.weight' are not finite"):
+        general_importance(model, text())
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+    with pytest.raises(ar.InputError, match="damp is at least 0"):
+        general_importance(model, text(), damp=-1.0)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
 def test_dead_inputs_have_no_general_importance():
     model = small()
     with torch.no_grad():

@@ -24,9 +24,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import Weights
 from ..errors import InputError
-from ..state import load_state, save_state
-from .pruning_layers import Matrix, digest, matrices
+from .pruning_journal import Journal, digest
+from .pruning_layers import Matrix, matrices
 from .pruning_text import Batch, next_token_loss, token_batches
 
 __all__ = ["Scaling", "domain_importance", "regularised", "removal_error"]
@@ -101,27 +102,26 @@ def domain_importance(
         loss_scale = 1024.0 if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
     numbers = {"regulariser": regulariser, "lr": lr, "warmup": warmup, "clip": clip, "loss_scale": loss_scale}
     _check(found, general, scaling, epochs, numbers)
-    place = None if folder is None else Path(folder)
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
     settings = {
         "method": "domain importance", "general": general is not None, "regulariser": regulariser, "scaling": scaling,
         "lr": lr, "epochs": epochs, "warmup": warmup, "clip": clip, "cubic": reference_cubic,
     }  # fmt: skip
-    own = digest(found, batches, settings)
+    journal = None
+    if folder is not None:
+        journal = Journal(folder, digest({m.name: m.weight for m in found}, batches, settings))
     warm = max(1, round(warmup * steps))
-    with _working(model, lr > 0, place) as named:
-        tune = _Pass(model, named, {id(m.module.weight): m for m in found}, _zeros(found, place), general, examples,
+    with _working(model, lr > 0, journal) as named:
+        tune = _Pass(model, named, {id(m.module.weight): m for m in found}, _zeros(found, journal), general, examples,
                      loss_scale, reference_cubic, regulariser)  # fmt: skip
-        first = tune.resume(place / "epoch.safetensors", own) if place is not None else 0
+        first = 0 if journal is None else tune.resume(journal)
         with tune.hooked():
             for step in range(first * len(batches), steps):
                 rate = lr * min(step / warm, (steps - step) / max(1, steps - warm))
                 if scaling == "paper":
                     tune.amount = 2 * regulariser * rate**2 / examples
                 tune.step(batches[step % len(batches)], rate, clip, step)
-                if place is not None and (step + 1) % len(batches) == 0:
-                    tune.store(place / "epoch.safetensors", own, (step + 1) // len(batches), lr > 0)
+                if journal is not None and (step + 1) % len(batches) == 0:
+                    tune.store(journal, (step + 1) // len(batches), lr > 0)
                 if progress is not None:
                     progress(step + 1, steps)
     return tune.scores
@@ -149,28 +149,27 @@ def _check(
             raise InputError(f"the general importance of {matrix.name!r} is not finite; keep it in another dtype")
 
 
-def _zeros(found: list[Matrix], place: Path | None) -> dict[str, Tensor]:
-    """S by name, views of one row of zeros; in a file of `place` whose pages the kernel can write back and drop."""
+def _zeros(found: list[Matrix], journal: Journal | None) -> dict[str, Tensor]:
+    """S by name, views of one row of zeros; in a file of the journal whose pages the kernel can write back and drop."""
     sizes = [m.weight.numel() for m in found]
-    if place is None:
+    if journal is None:
         flat = torch.zeros(sum(sizes))
     else:
-        path = str(place / "importance.bin")
+        path = str(journal.folder / "importance.bin")
         flat = torch.from_file(path, shared=True, size=sum(sizes), dtype=torch.float32).zero_()
     return {m.name: part.view(m.weight.shape) for m, part in zip(found, flat.split(sizes), strict=True)}
 
 
 @contextmanager
-def _working(model: nn.Module, moving: bool, place: Path | None) -> Iterator[dict[str, nn.Parameter]]:
+def _working(model: nn.Module, moving: bool, journal: Journal | None) -> Iterator[dict[str, nn.Parameter]]:
     """All floating parameters, trainable and without gradients; afterwards everything is as it was."""
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     before = {name: (p.requires_grad, p.grad) for name, p in named.items()}
-    original: dict[str, Tensor] = {}
-    if moving and place is None:
+    original: Weights = {}
+    if moving and journal is None:
         original = {name: p.detach().to("cpu", copy=True) for name, p in named.items()}
-    elif moving and place is not None:
-        save_state({name: p.detach() for name, p in named.items()}, place / "original.safetensors")
-        original = load_state(place / "original.safetensors")
+    elif moving and journal is not None:
+        original = journal.write("original", {name: p.detach() for name, p in named.items()})
     training = model.training
     model.eval()
     try:
@@ -261,22 +260,23 @@ class _Pass:
                              "or load the model in bfloat16 or float32")  # fmt: skip
         self.norm = total
 
-    def store(self, path: Path, own: str, epoch: int, moved: bool) -> None:
-        weights = {name: p.detach() for name, p in self.named.items()} if moved else {}
-        save_state({"digest": own, "epoch": epoch, "norm": self.norm, "scores": self.scores, "weights": weights}, path)
+    def store(self, journal: Journal, epoch: int, moved: bool) -> None:
+        tensors = {f"score/{name}": score for name, score in self.scores.items()}
+        tensors |= {f"weight/{name}": p.detach() for name, p in self.named.items()} if moved else {}
+        journal.write(f"epoch-{epoch:03}", tensors)
+        journal.note(epoch=epoch, norm=self.norm)
+        journal.drop(f"epoch-{epoch - 1:03}")
 
     @torch.no_grad()
-    def resume(self, path: Path, own: str) -> int:
+    def resume(self, journal: Journal) -> int:
         """Go back to the last finished epoch, and say how many are done."""
-        if not path.is_file():
-            return 0
-        state = load_state(path)
-        if state["digest"] != own:
-            raise InputError(f"{str(path.parent)!r} holds another run (weights, text or settings differ); load the "
-                             "model again or give another folder")  # fmt: skip
-        self.norm = state["norm"]
-        for name, score in state["scores"].items():
-            self.scores[name].copy_(score)
-        for name, weight in state["weights"].items():
-            self.named[name].copy_(weight)
-        return state["epoch"]
+        epoch = journal.state.get("epoch", 0)
+        if epoch:
+            self.norm = journal.state["norm"]
+            part = journal.read(f"epoch-{epoch:03}")
+            for name, score in self.scores.items():
+                score.copy_(part[f"score/{name}"])
+            for name, p in self.named.items():
+                if f"weight/{name}" in part:
+                    p.copy_(part[f"weight/{name}"])
+        return epoch

@@ -14,9 +14,8 @@ of the calibration text, and the statistics of one block.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..state import load_state, save_state
+from .pruning_journal import Journal, digest
 from .pruning_statistics import Gathering, Statistic
 from .pruning_text import Batch, logits
 
-__all__ = ["Matrix", "blocks_of", "calibrate", "digest", "matrices"]
+__all__ = ["Matrix", "blocks_of", "calibrate", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -208,40 +207,55 @@ def calibrate(
     model.eval()
     try:
         with torch.no_grad():
-            saved = _Saved(folder, digest(found, batches, settings)) if folder is not None else None
+            journal = None
+            if folder is not None:
+                journal = Journal(folder, digest({m.name: m.weight for m in found}, batches, settings))
             stream = _enter(model, list(blocks), batches)
             first = 0
-            if saved is not None and (position := saved.position()) is not None:
-                first = position["block"]
-                device = stream.hidden[0].device
-                stream.hidden = [hidden.to(device) for hidden in position["hidden"]]
+            if journal is not None and (first := journal.state.get("blocks", 0)):
+                dead |= journal.state["dead"]
                 for number in range(first):
-                    done = saved.block(number)
-                    kept |= done["kept"]
-                    dead |= done["dead"]
+                    part = journal.read(f"block-{number:04}")
+                    kept |= {m.name: part[f"kept/{m.name}"] for m in inside[number] if f"kept/{m.name}" in part}
                     for matrix in inside[number]:
                         if not put_back:
-                            matrix.weight.copy_(done["weights"][matrix.name])
+                            matrix.weight.copy_(part[f"weight/{matrix.name}"])
+                if first < len(blocks):
+                    part, device = journal.read(f"hidden-{first:04}"), stream.hidden[0].device
+                    stream.hidden = [part[str(i)].to(device) for i in range(len(batches))]
             for number in range(first, len(blocks)):
-                block = blocks[number]
-                before = {m.name: m.weight.clone() for m in inside[number]} if put_back else {}
-                found_here, dead_here = _one(block, number, stream, batches, inside[number], visit, diagonal)
-                last = number == len(blocks) - 1
-                stream.hidden = [] if last else [stream.run(block, number, i) for i in range(len(batches))]
-                if put_back:
-                    for matrix in inside[number]:
-                        matrix.weight.copy_(before[matrix.name])
-                if saved is not None:
-                    weights = {} if put_back else {m.name: m.weight for m in inside[number]}
-                    saved.store(number, {"kept": found_here, "dead": dead_here, "weights": weights}, stream.hidden)
-                    found_here = saved.block(number)["kept"]  # from the file: the kernel can drop its pages
-                kept |= found_here
-                dead |= dead_here
+                block, here = blocks[number], inside[number]
+                with _restored(here if put_back else []):
+                    kept_here, dead_here = _one(block, number, stream, batches, here, visit, diagonal)
+                    dead |= dead_here
+                    if number + 1 < len(blocks):
+                        for i in range(len(batches)):
+                            stream.hidden[i] = stream.run(block, number, i)
+                if journal is not None:
+                    tensors = {f"kept/{name}": value for name, value in kept_here.items()}
+                    tensors |= {} if put_back else {f"weight/{m.name}": m.weight for m in here}
+                    part = journal.write(f"block-{number:04}", tensors)
+                    kept_here = {name: part[f"kept/{name}"] for name in kept_here}  # the kernel can drop its pages
+                    if number + 1 < len(blocks):
+                        journal.write(f"hidden-{number + 1:04}", {str(i): h for i, h in enumerate(stream.hidden)})
+                    journal.note(blocks=number + 1, dead=dead)
+                    journal.drop(f"hidden-{number:04}")
+                kept |= kept_here
                 if progress is not None:
                     progress(number + 1, len(blocks))
     finally:
         model.train(training)
     return kept, dead
+
+
+@contextmanager
+def _restored(found: Sequence[Matrix]) -> Iterator[None]:
+    before = [m.weight.clone() for m in found]
+    try:
+        yield
+    finally:
+        for matrix, weight in zip(found, before, strict=True):
+            matrix.weight.copy_(weight)
 
 
 def _one(
@@ -261,41 +275,3 @@ def _one(
         dead |= dict.fromkeys((m.name for m in group), int((own == 0).sum()))
         kept |= visit(group, statistic)
     return kept, dead
-
-
-class _Saved:
-    """Finished blocks in a folder: one file a block, and one with what enters the next."""
-
-    def __init__(self, folder: Path, digest: str) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        own = folder / "run.safetensors"
-        if own.is_file() and load_state(own)["digest"] != digest:
-            raise InputError(
-                f"{str(folder)!r} holds another run (weights, text or settings differ); load the model again or give "
-                "another folder"
-            )
-        save_state({"digest": digest}, own)
-
-    def position(self) -> dict[str, Any] | None:
-        path = self.folder / "next.safetensors"
-        return load_state(path) if path.is_file() else None
-
-    def block(self, number: int) -> dict[str, Any]:
-        return load_state(self.folder / f"block-{number:04}.safetensors")
-
-    def store(self, number: int, content: dict[str, Any], hidden: list[Tensor]) -> None:
-        save_state(content, self.folder / f"block-{number:04}.safetensors")
-        save_state({"block": number + 1, "hidden": hidden}, self.folder / "next.safetensors")
-
-
-def digest(found: Sequence[Matrix], batches: Sequence[Batch], settings: dict[str, Any]) -> str:
-    """Of the settings, of some values of each weight, and of the text."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for matrix in found:
-        some = matrix.weight[:2, :64].float().cpu().contiguous()
-        digest.update(f"{matrix.name}{tuple(matrix.weight.shape)}".encode() + some.numpy().tobytes())
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(name.encode() + batch[name].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -108,9 +108,8 @@ def inverse_factor(second: Tensor, *, damp: float = 0.01, name: str = "the layer
         raise InputError(f"H of {name!r} is not positive definite with damp={damp}; give more text or raise damp")
     root = lower.flip(0, 1)  # H = root root^T, root upper triangular
     del lower
-    return torch.linalg.solve_triangular(
-        root, torch.eye(len(root), device=root.device, dtype=root.dtype), upper=True
-    ), dead
+    second.zero_().diagonal().fill_(1)  # its memory is the right-hand side
+    return torch.linalg.solve_triangular(root, second, upper=True), dead
 
 
 def sweep(
