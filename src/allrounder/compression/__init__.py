@@ -10,12 +10,14 @@ from .d_pruner import d_pruner, general_importance
 from .dual_head import RECIPES, Aligned, DualHead, DualHeadLoss, DualOutput, Recipe
 from .encoder_states import Encoder, States, build_student, uniform_map
 from .ernie_tiny import LatentLoss, RelationLoss, ernie_tiny
-from .folders import distil_folder
+from .folders import classify, distil_folder, finetune, general_text
 from .footprint import Footprint, footprint, footprints
 from .genie import quantize
 from .genie_data import Synthesis
+from .genie_folder import quantize_folder
 from .genie_rounding import Rounding
 from .nearest import restore_weights, round_weights
+from .onnx_qdq import export_onnx
 from .pruning import Pruned, keep_mask, prune_by
 from .pruning_baselines import magnitude, wanda
 from .pruning_folder import prune_folder
@@ -26,7 +28,7 @@ from .stages import Stage, distil
 __all__ = [
     "RECIPES", "Aligned", "DualHead", "DualHeadLoss", "DualOutput", "Encoder", "Footprint", "LatentLoss", "Pruned",
     "QuantizedNetwork", "Recipe", "RelationLoss", "Rounding", "Stage", "States", "Synthesis", "build_student",
-    "d_pruner", "distil", "distil_folder", "ernie_tiny", "footprint", "footprints", "general_importance", "keep_mask",
-    "magnitude", "prune_by", "prune_folder", "quantize", "restore_weights", "round_weights", "sparsegpt",
-    "uniform_map", "wanda",
+    "classify", "d_pruner", "distil", "distil_folder", "ernie_tiny", "export_onnx", "finetune", "footprint",
+    "footprints", "general_importance", "general_text", "keep_mask", "magnitude", "prune_by", "prune_folder",
+    "quantize", "quantize_folder", "restore_weights", "round_weights", "sparsegpt", "uniform_map", "wanda",
 ]  # fmt: skip

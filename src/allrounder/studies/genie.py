@@ -4,6 +4,9 @@ The network (convolutions of 16, 32 and 32 channels, two of them strided) is tra
 layers get 2 bits (first and last 8), activations stay as they are. Calibration images are the generator's, learned
 pixels (ZeroQ), noise, or training images; weights are rounded to nearest, or fitted with the step frozen (AdaRound) or
 learned with the rounding (Genie-M). All comparisons share 128 images and 150 steps a block.
+
+Features here are 8, 4 and 2 pixels wide, so a swing of one pixel is a large part of them: without it the generator
+reached a BatchNorm loss of 0.007 where it stays at 0.018 with it (seed 0). Read that claim with this in mind.
 """
 
 from __future__ import annotations
