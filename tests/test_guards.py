@@ -13,19 +13,9 @@ import allrounder as ar
 
 SOURCE = Path(ar.__file__).parent
 EXTRAS = (
-    "transformers",
-    "peft",
-    "datasets",
-    "huggingface_hub",
-    "PIL",
-    "ray",
-    "accelerate",
-    "tokenizers",
-    "trl",
-    "onnx",
+    "transformers", "peft", "datasets", "huggingface_hub", "PIL", "ray", "accelerate", "tokenizers", "trl", "onnx",
     "onnxruntime",
-    "onnxscript",
-)
+)  # fmt: skip
 MODULES = sorted(
     ".".join(("allrounder", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
     for path in SOURCE.rglob("*.py")

@@ -1,9 +1,9 @@
 """Making a model smaller: quantise, prune, distil.
 
-`quantize` gives a BatchNorm network in 2 to 8 bits without its data (Genie). `d_pruner`, `sparsegpt`, `wanda` and
-`magnitude` zero weights of a causal language model, `prune_folder` from folder to folder. `ernie_tiny` and `distil` shrink
-an encoder in stages, `distil_folder` from folder to folder; `DualHead` teaches any classifier. `footprints` measures what
-a model costs.
+`quantize` gives a BatchNorm network in 2 to 8 bits without its data (Genie), `round_weights` rounds any network.
+`d_pruner`, `sparsegpt`, `wanda` and `magnitude` zero weights of a causal language model. `ernie_tiny` and `distil` shrink
+an encoder in stages; `DualHead` teaches any classifier. `quantize_folder`, `prune_folder` and `distil_folder` work from
+folder to folder; `footprints` measures what a model costs.
 """
 
 from .d_pruner import d_pruner, general_importance
