@@ -51,16 +51,37 @@ def run_section(name: str, report: dict[str, Any]) -> str:
         rows.append([title, kept, f"{method['bytes'] / 1e6:,.1f}", *(f"{value:.1f}" for value in tasks)])
     ran = report["ran"]
     return "\n\n".join(
-        [
+        part
+        for part in [
             f"## {report['title']}",
             note(name),
             f"`{ran['command']}`, seeds {', '.join(seeds)}. Kept: test accuracy in percent of the task's own expert, "
             "mean over tasks, ± standard deviation over seeds. Other columns: accuracy in percent, mean over seeds. "
             "In bold: chosen on validation.",
             table(["method", "kept, %", "stored, MB", *report["tasks"]], rows),
+            *compressed_part(report),
             f"{versions(ran['versions'])}; {ran['device']}, {ran['cores']} steps side by side.",
         ]
+        if part
     )
+
+
+def compressed_part(report: dict[str, Any]) -> list[str]:
+    """The chosen model and what was made of it."""
+    if "compressed" not in report:
+        return []
+    of = report["compressed"]["of"]
+    rows = [
+        [
+            row["title"],
+            spread(list(row["mean"].values())),
+            f"{row['bytes'] / 1e3:,.1f}",
+            f"{1e3 * row['latency']:.3g}",
+            text,
+        ]
+        for row, text in [(of, "the merged model"), *((row, row["note"]) for row in report["compressed"]["rows"])]
+    ]  # fmt: skip
+    return ["The chosen model, made smaller:", table(["model", "kept, %", "kB", "32 inputs, ms", "setting"], rows)]
 
 
 def real_section(name: str, found: dict[str, Any]) -> str:
