@@ -75,7 +75,7 @@ class SmallBench:
     def small(self, share: float) -> MultiTaskModel:
         if self.make_small is None:
             raise InputError("this suite has no smaller model of its kind to distil into; compress it with 'nearest'")
-        return self.make_small(self.model, share)
+        return self.make_small(self.model, share).to(next(self.model.parameters()).device)
 
 
 @dataclass

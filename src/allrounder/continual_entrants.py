@@ -49,7 +49,7 @@ def _learned(bench: Bench, make: Callable[..., Learner], note: str = "") -> Outc
     unseen = [replace(task, test=task.validation) for task in bench.suite.values()]  # test is nobody's to look at
     stream = in_sequence(Suite(unseen, name=bench.suite.name), scenario="task")
     how = bench.tuning
-    rounds = how.get("epochs") or how["steps"] * how["batch_size"] / max(len(item.train) for item in stream)
+    shown = [how.get("epochs") or how["steps"] * how["batch_size"] / len(item.train) for item in stream]
     common = {
         "lr": how["lr"],
         "optimiser": lambda parameters: torch.optim.AdamW(parameters, how["lr"], weight_decay=how["weight_decay"]),
@@ -57,7 +57,7 @@ def _learned(bench: Bench, make: Callable[..., Learner], note: str = "") -> Outc
         "seed": bench.seed,
     }
     learner = make(whole, stream.outputs, **common)
-    epochs = max(1, round(rounds))
+    epochs = [max(1, round(passes)) for passes in shown]
 
     def progress(_: str, done: int, steps: int) -> None:
         if bench.progress is not None:

@@ -14,6 +14,11 @@ from .errors import InputError
 
 __all__ = ["Recipe", "Training", "load_recipe"]
 
+SMALLER = {  # compressors that need a smaller model of the suite's kind
+    "ernie-tiny": ("text", "hub-text"),
+    "dual-head": ("digits", "scripts", "images", "text", "hub-text"),
+}
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -106,6 +111,9 @@ def _check_methods(recipe: Recipe, where: str) -> None:
 
     if elsewhere := [name for name in recipe.compress if name in ELSEWHERE]:
         raise InputError(f"{where}, compress.{elsewhere[0]}: {ELSEWHERE[elsewhere[0]]}")
+    for name, suites in SMALLER.items():
+        if name in recipe.compress and recipe.suite not in suites:
+            raise InputError(f"{where}, compress.{name}: is for the suites {', '.join(suites)}, not {recipe.suite!r}")
     _check_options(recipe.methods, {name: entrant.enter for name, entrant in ENTRANTS.items()}, f"{where}, methods")
     shrinks = {name: compressor.shrink for name, compressor in COMPRESSORS.items()}
     _check_options(recipe.compress, shrinks, f"{where}, compress")

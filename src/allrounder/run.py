@@ -171,6 +171,25 @@ def _run(
         for name in methods
     }  # fmt: skip
     report = build(recipe, tasks, methods, results, {}, metric=metric)
+    previous = out / "report.json"
+    before = json.loads(previous.read_text())["ran"]["seconds"] if previous.is_file() else None
+
+    def publish() -> None:
+        seconds = round(time.perf_counter() - clock, 1) if log or before is None else before
+        report["ran"] |= {
+            "command": command, "device": device, "cores": jobs, "started": started, "seconds": seconds,
+            "steps": [entry | {"seconds": round(entry["seconds"], 2), "cached": False} for entry in log]
+            + [{"name": step.title, "seconds": 0.0, "cached": True} for step in cached],
+        }  # fmt: skip
+        write_json(out / "report.json", report)
+        write(report, out / "report.html")
+
+    progress("writing the best model", done, len(steps))
+    if report["chosen"]:
+        _export(recipe, report, stages, out, device)
+    if recipe.compress and not report["chosen"]:
+        report["notes"].append("Nothing was compressed: no merging method gave a single model to choose.")
+    publish()
     if recipe.compress and report["chosen"]:
         more = plan_compression(recipe, stages[2], report["chosen"]["method"])
         steps += [step for stage in more for step in stage]
@@ -183,25 +202,27 @@ def _run(
             for name in recipe.compress
         }
         report["compressed"] = compressed(recipe, report, smaller)
-    account = {
-        "command": command, "device": device, "cores": jobs, "started": started,
-        "steps": [entry | {"seconds": round(entry["seconds"], 2), "cached": False} for entry in log]
-        + [{"name": step.title, "seconds": 0.0, "cached": True} for step in cached],
-    }  # fmt: skip
-    report["ran"] |= account
-    progress("writing the best model", done, len(steps))
-    if report["chosen"]:
-        _export(recipe, report, stages, out, device)
-    account["seconds"] = round(time.perf_counter() - clock, 1)
-    previous = out / "report.json"
-    if not log and previous.is_file():
-        report["ran"] |= {"seconds": json.loads(previous.read_text())["ran"]["seconds"]}
-    else:
-        report["ran"]["seconds"] = account["seconds"]
-    write_json(out / "report.json", report)
-    write(report, out / "report.html")
+        for step in more[1]:
+            if step.seed == recipe.seed:
+                _place(out, step)
+        publish()
     progress("done", len(steps), len(steps))
     return report
+
+
+def _place(out: Path, step: Step) -> None:
+    """Set the step's model to `compressed/NAME`, unless it stands there already."""
+    target, marker = out / "compressed" / step.name, out / "compressed" / f".{step.name}"
+    if marker.is_file() and marker.read_text() == step.fingerprint and target.is_dir():
+        return
+    target.parent.mkdir(exist_ok=True)
+    fresh = target.with_name(f".{step.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(out / "steps" / Path(step.file).stem, fresh)
+    marker.unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(fresh, target)
+    marker.write_text(step.fingerprint)
 
 
 def _export(recipe: Recipe, report: dict[str, Any], stages: list[list[Step]], out: Path, device: str) -> None:

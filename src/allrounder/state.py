@@ -20,8 +20,9 @@ __all__ = ["load_state", "save_state"]
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-        return {"tensor": path}
+        key = f"{len(tensors)}:{path}"  # numbered: paths of different keys may read alike
+        tensors[key] = value.detach().cpu().contiguous()
+        return {"tensor": key}
     if isinstance(value, dict):
         keys = list(value)
         if bad := [key for key in keys if not isinstance(key, (str, int))]:
@@ -32,7 +33,9 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {kind: [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, (str, int, float, bool)):
         return {"value": value}
-    raise InputError(f"state {path or '/'} is a {type(value).__name__}; it may hold tensors, numbers, strings, lists, dicts")
+    raise InputError(
+        f"state {path or '/'} is a {type(value).__name__}; it may hold tensors, numbers, strings, lists, dicts"
+    )
 
 
 def _restore(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:

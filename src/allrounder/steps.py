@@ -69,6 +69,8 @@ def _data(recipe: Recipe, tasks: list[str]) -> Any:
 
 def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -> list[list[Step]]:
     """Stages of steps; those of one stage are independent."""
+    from .entrants import ENTRANTS
+
     data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test")}
     data |= {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
     bases, experts, scores = [], [], []
@@ -81,7 +83,8 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
             made.append(Step("expert", seed, task, fingerprint=_fingerprint(base.fingerprint, task, given, how)))
         parents = [step.fingerprint for step in made]
         for name, options in methods.items():
-            how = recipe.training.model_dump() if name == "joint" else None
+            trains = ENTRANTS[name].family in ("training", "in sequence")
+            how = recipe.training.model_dump() if trains else None
             scores.append(Step("score", seed, name, options, _fingerprint(parents, name, options, how)))
         bases.append(base)
         experts += made
@@ -261,10 +264,9 @@ def _compress(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: 
     model = found.model.to(bench.device).eval()
     inputs = to_device(next(iter(Batches(next(iter(bench.suite.values())).validation, 32)))[0], bench.device)
     costs = footprints({"merged": bench.model.backbone, "smaller": model.backbone}, (inputs,))  # type: ignore[dict-item]
-    if step.seed == recipe.seed:
-        target = out / "compressed" / step.name
-        shutil.rmtree(target, ignore_errors=True)
-        write_smaller(found, target, like=setting.files, metadata={"method": step.name})
+    target = out / "steps" / Path(step.file).stem
+    shutil.rmtree(target, ignore_errors=True)
+    write_smaller(found, target, like=setting.files, metadata={"method": step.name})
     return {
         "scores": score(model, bench.suite, split="test"),
         "validation": score(model, bench.suite, split="validation"),

@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_learner_or_setting_is_refused(tmp_path):
         learn(MAKE["ewc"](), by_class(), folder=tmp_path)
     with pytest.raises(InputError, match="is a run with buffer_size 12, this one has 20"):
         learn(ER(net(), 6, buffer=20), by_class(), folder=tmp_path)
-    with pytest.raises(InputError, match="is a run with epochs 1, this one has 2"):
+    with pytest.raises(InputError, match=r"is a run with epochs \[1, 1, 1\], this one has \[2, 2, 2\]"):
         learn(MAKE["er"](), by_class(), folder=tmp_path, epochs=2)
     with pytest.raises(InputError, match="does not fit EWC"):
         MAKE["ewc"]().load_state_dict(MAKE["er"]().state_dict())

@@ -57,6 +57,8 @@ def round_weights(model: nn.Module, bits: int = 8) -> dict[str, Tensor]:
         if not torch.isfinite(weight).all():
             raise InputError(f"the weight of {name or 'the model'!r} is not finite; repair the checkpoint")
         dot = f"{name}." if name else ""
+        if f"{dot}weight" not in state:
+            raise InputError(f"the weight of {name or 'the model'!r} is computed (parametrised); remove that first")
         found = SoftWeight(weight.float(), bits)
         del state[f"{dot}weight"]
         state |= {

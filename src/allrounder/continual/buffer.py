@@ -159,6 +159,11 @@ class Buffer:
         """All stored examples."""
         return _nested({name: column[: self._filled] for name, column in self._columns.items()})
 
+    def to(self, device: torch.device | str) -> Buffer:
+        """Move the stored examples."""
+        self._columns = {name: column.to(device) for name, column in self._columns.items()}
+        return self
+
     @property
     def bytes(self) -> int:
         """Of the stored examples."""

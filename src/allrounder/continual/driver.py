@@ -7,7 +7,8 @@ learner's state at boundaries: a run that was interrupted goes on from the last 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ class _Again:
             yield Batch(to_device(inputs, self.device), targets.to(self.device), self.told, repeat=1)
 
 
+def _fingerprint(experience: Experience) -> list[Any]:
+    """What tells an experience from another of its name: classes, sizes, targets and some inputs."""
+    train = experience.train
+    inputs, _ = train[torch.arange(min(4, len(train)))]
+    some = list(inputs.values()) if isinstance(inputs, dict) else [inputs]
+    mark = 0
+    for tensor in (train.targets, *some):
+        mark = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), mark)
+    return [experience.name, experience.task, list(experience.classes), len(train), mark]
+
+
 def _stage(
     learner: Learner, stream: Stream, row: int, epochs: int, size: int, seed: int | None, tick: Callable
 ) -> None:
@@ -150,7 +162,7 @@ def _stage(
     for epoch in range(epochs):
         for inputs, targets in batches:
             tick()
-            if len(targets) == 1 < len(experience.train):
+            if len(targets) < learner.least_batch:
                 continue
             learner.observe(Batch(to_device(inputs, device), targets.to(device), told, repeat=epoch))
     if bounded:
@@ -161,7 +173,7 @@ def learn(
     learner: Learner,
     stream: Stream,
     *,
-    epochs: int = 1,
+    epochs: int | Sequence[int] = 1,
     batch_size: int = 32,
     seed: int = 0,
     split: str = "test",
@@ -174,8 +186,9 @@ def learn(
     Args:
         learner: changed in place.
         stream: what it sees, in order.
-        epochs: passes over each experience; 1 is online learning.
-        batch_size: examples a step. A last batch of one example is left out: batch norms cannot train on it.
+        epochs: passes over each experience, one number or one for each; 1 is online learning.
+        batch_size: examples a step. A last batch of one example is left out where the learner has batch norms, which
+            cannot train on it.
         seed: order of the examples within an experience. Dropout follows torch's global generator, which is seeded
             inside a fork and so left as it was.
         shuffle: otherwise the examples of an experience come in the order they have.
@@ -188,11 +201,16 @@ def learn(
             setting, or the loss is not finite.
     """
     check(learner, stream)
-    if epochs < 1:
-        raise InputError(f"epochs is at least 1, got {epochs}")
+    rounds = [epochs] * len(stream) if isinstance(epochs, int) else list(epochs)
+    if len(rounds) != len(stream) or min(rounds) < 1:
+        raise InputError(f"epochs is at least 1, one number or {len(stream)} of them, got {epochs}")
+    if batch_size < learner.least_batch:
+        raise InputError(f"{type(learner).__name__} needs batches of {learner.least_batch} at least, got {batch_size}")
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"a split is 'train', 'validation' or 'test', got {split!r}")
     identity = {
-        **learner.identity(), "stream": stream.name, "experiences": [item.name for item in stream],
-        "epochs": epochs, "batch_size": batch_size, "order seed": seed if shuffle else None, "split": split,
+        **learner.identity(), "stream": stream.name, "experiences": [_fingerprint(item) for item in stream],
+        "epochs": rounds, "batch_size": batch_size, "order seed": seed if shuffle else None, "split": split,
     }  # fmt: skip
     record = Record([task.name for task in stream.tasks], [], [stream.row_of(task.task) for task in stream.tasks])
     path = None if folder is None else Path(folder) / "learner.safetensors"
@@ -201,7 +219,7 @@ def learn(
     elif path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     record.before = _chance(stream)
-    steps = [epochs * -(-len(item.train) // batch_size) for item in stream]
+    steps = [passes * -(-len(item.train) // batch_size) for passes, item in zip(rounds, stream)]
     done = sum(steps[: len(record.experiences)])
     for row in range(len(record.experiences), len(stream)):
         experience = stream[row]
@@ -215,7 +233,7 @@ def learn(
         start = time.perf_counter()
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + row)
-            _stage(learner, stream, row, epochs, batch_size, seed * 1009 + row if shuffle else None, tick)
+            _stage(learner, stream, row, rounds[row], batch_size, seed * 1009 + row if shuffle else None, tick)
             if row == len(stream) - 1:
                 learner.end_stream()
             record.seconds += time.perf_counter() - start

@@ -114,7 +114,10 @@ class FPF(Learner):
         seed: of the buffer and its draws.
 
     Raises:
-        InputError: names that no module has, more times than steps, a buffer that is smaller than the classes met.
+        InputError: names that no module has, more times than steps, settings out of range.
+
+    Warns:
+        When classes that were met are missing in the buffer at the time of retraining.
     """
 
     kept: ClassVar[tuple[str, ...]] = (
@@ -146,7 +149,7 @@ class FPF(Learner):
             )
         self.learner, self.modules, self.choose = learner, None if modules is None else list(modules), choose
         self.times, self.steps, self.batch_size, self.lr, self.distil = times, steps, batch_size, lr, distil
-        self.inner = str(learner.identity())  # part of its own identity
+        self.answers_early = learner.answers_early
         self.triggers = [] if times == 1 else trigger_steps(total or 0, times)[:-1]
         lent = getattr(learner, "buffer", None)
         self.own_buffer = not isinstance(lent, Buffer) or distil > 0
@@ -159,6 +162,15 @@ class FPF(Learner):
         self.changes: dict[str, float] = {}
         if self.modules is not None:
             self._selected(self.modules)
+
+    def identity(self) -> dict[str, Any]:
+        own = {"modules": self.modules, "triggers": self.triggers, "choose": getattr(self.choose, "__qualname__", "")}
+        return super().identity() | own | {"inner": self.learner.identity()}
+
+    @property
+    def least_batch(self) -> int:
+        """As the learner's."""
+        return self.learner.least_batch
 
     @property
     def model(self) -> nn.Module:

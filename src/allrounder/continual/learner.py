@@ -126,6 +126,11 @@ class Learner(ABC):
         """Bytes stored besides one copy of the model, by what they are."""
         return {}
 
+    @property
+    def least_batch(self) -> int:
+        """Examples that a batch must have."""
+        return 1
+
     def identity(self) -> dict[str, Any]:
         """Class and settings, to tell one learner's checkpoint from another's; taken before training."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, bool))}
@@ -174,14 +179,28 @@ class Learner(ABC):
         """
         if odd := sorted(set(state) ^ set(self.kept)):
             raise InputError(f"the saved state does not fit {type(self).__name__}: {odd[0]!r} is in one of them only")
+        device = getattr(self, "device", torch.device("cpu"))
         for name, value in state.items():
             own = getattr(self, name)
             if isinstance(own, torch.Generator):
                 own.set_state(value)
             elif hasattr(own, "load_state_dict"):
                 own.load_state_dict(value)
+                if isinstance(own, Buffer):
+                    own.to(device)
+            elif isinstance(value, Tensor):
+                setattr(self, name, value.clone() if own is None else value.clone().to(own.device))
             else:
-                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+                setattr(self, name, _copied(value, device))
+
+
+def _copied(value: Any, device: Any) -> Any:
+    """The same nest with copies of its tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.clone().to(device)
+    if type(value) is dict:
+        return {key: _copied(item, device) for key, item in value.items()}
+    return type(value)(_copied(item, device) for item in value) if type(value) in (list, tuple) else value
 
 
 class GradientLearner(Learner):
@@ -248,6 +267,15 @@ class GradientLearner(Learner):
     def device(self) -> torch.device:
         return self.parameters[0].device
 
+    @property
+    def least_batch(self) -> int:
+        """2 for a model with batch norms."""
+        return 2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()) else 1
+
+    def identity(self) -> dict[str, Any]:
+        settings = {key: value for key, value in self.optimiser.defaults.items() if not isinstance(value, Tensor)}
+        return super().identity() | {"optimiser": f"{type(self.optimiser).__name__} {settings}"}
+
     def begin_task(self, info: TaskInfo) -> None:
         self.task_classes = None if info.classes is None else list(info.classes)
         if self.task_classes:
@@ -277,7 +305,7 @@ class GradientLearner(Learner):
     def observe(self, batch: Batch) -> dict[str, float]:
         self.note_classes(batch.targets)
         self.model.train()
-        if len(batch) == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()):
+        if len(batch) < self.least_batch:
             raise InputError("the model has batch norms, which need two examples a batch, got 1; give larger batches")
         self.optimiser.zero_grad()
         loss = self.loss(batch)
@@ -314,6 +342,10 @@ def check(learner: Learner, stream: Stream) -> None:
     if kind not in learner.labels:
         raise InputError(
             f"{name} learns from {' and '.join(sorted(learner.labels))}-label targets; these are {kind}-label"
+        )
+    if stream.multi_label and getattr(learner, "mask", "none") == "task" and hasattr(learner, "buffer"):
+        raise InputError(
+            f"{name} with mask='task' would rehearse nothing: the labels of old tasks are masked; mask='none'"
         )
     if learner.outputs != stream.outputs:
         raise InputError(f"{name} was made for {learner.outputs} outputs, the stream has {stream.outputs}")

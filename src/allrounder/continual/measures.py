@@ -27,7 +27,7 @@ Matrix = Sequence[Sequence[float]]
 
 def _checked(matrix: Matrix, first: Sequence[int] | None) -> tuple[int, list[int]]:
     widths = {len(row) for row in matrix}
-    if not matrix or len(widths) != 1:
+    if not matrix or len(widths) != 1 or widths == {0}:
         raise InputError(f"a matrix of accuracies has rows of one length, got lengths {sorted(widths)}")
     (tasks,) = widths
     rows = list(range(tasks)) if first is None else list(first)
@@ -42,7 +42,7 @@ def average_accuracy(matrix: Matrix) -> float:
     >>> average_accuracy([[0.9, 0.1], [0.5, 0.8]])
     0.65
     """
-    tasks, _ = _checked(matrix, [0] * len(matrix[0]))
+    tasks, _ = _checked(matrix, [0] * len(matrix[0]) if matrix else None)
     return sum(matrix[-1]) / tasks
 
 

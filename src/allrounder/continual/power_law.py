@@ -137,7 +137,8 @@ def power_law(
         drawn = [(phase, _rows(len(experience.train), new, generator))]
         if phase and rehearsed:
             drawn += _old(stream, phase, rehearsed, law, alpha, last_seen if clock == "last_seen" else None, generator)
-        last_seen[phase] = phase
+        for task, _ in drawn:
+            last_seen[task] = phase
         parts = [stream[task].train[rows] for task, rows in drawn]
         targets = torch.cat([part[1] for part in parts])
         mix = (

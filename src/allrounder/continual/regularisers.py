@@ -20,6 +20,7 @@ said instead of returning chance. Squared gradients are those of single examples
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..nets.calling import evaluating
+from ..nets.calling import at, evaluating
 from ..optim.information import fisher_information
 from .learner import Batch, GradientLearner, TaskInfo, size_of
 
@@ -87,14 +88,15 @@ class _Anchored(GradientLearner):
 
 
 class _Restricted(nn.Module):
-    """The outputs of one task's classes."""
+    """The outputs of some classes, or all; takes tokens as one mapping, as learners do, or as keywords."""
 
-    def __init__(self, model: nn.Module, classes: tuple[int, ...] | None) -> None:
+    def __init__(self, model: nn.Module, classes: list[int] | None) -> None:
         super().__init__()
-        self.model, self.classes = model, sorted(classes or ())
+        self.model, self.classes = model, classes
 
-    def forward(self, inputs: Any) -> Tensor:
-        return self.model(inputs)[:, self.classes]
+    def forward(self, inputs: Any = None, **columns: Tensor) -> Tensor:
+        outputs = self.model(columns or inputs)
+        return outputs if self.classes is None else outputs[:, self.classes]
 
 
 class EWC(_Anchored):
@@ -104,9 +106,11 @@ class EWC(_Anchored):
         strength: lambda, >= 0.
         decay: gamma, what is left of the earlier information at each boundary, in [0, 1]; 1 is the plain sum.
         information: labels of the Fisher information: `exact` over all classes, `sampled`, or `given` (empirical).
-        examples: most examples a task for it.
+        examples: most examples a task for it, drawn at random.
         options: as for `GradientLearner`.
     """
+
+    labels: ClassVar[frozenset[str]] = frozenset({"single"})
 
     def __init__(
         self,
@@ -124,12 +128,24 @@ class EWC(_Anchored):
             raise InputError(f"decay is in [0, 1], got {decay:g}")
         self.decay, self.information, self.examples = decay, information, examples
 
+    def _drawn(self, info: TaskInfo) -> Iterator[tuple[Any, Tensor]]:
+        """At most `examples` of the task, drawn without order."""
+        batches = list(info.batches)
+        sizes = torch.tensor([len(batch) for batch in batches])
+        total = int(sizes.sum())
+        chosen = torch.randperm(total, generator=self.generator)[: self.examples].sort().values
+        for batch, end in zip(batches, sizes.cumsum(0).tolist(), strict=True):
+            rows = chosen[(chosen >= end - len(batch)) & (chosen < end)] - (end - len(batch))
+            if len(rows):
+                yield at(batch.inputs, rows), batch.targets[rows]
+
     def end_task(self, info: TaskInfo) -> None:
-        pairs = ((batch.inputs, batch.targets) for batch in info.batches)
+        pairs = self._drawn(info)
         seed = int(torch.randint(2**31, (), generator=self.generator))
-        model = self.model if self.mask == "none" else _Restricted(self.model, info.classes)
-        if self.mask == "task":
-            pairs = ((inputs, torch.searchsorted(torch.tensor(sorted(info.classes or ())), y)) for inputs, y in pairs)
+        classes = sorted(info.classes or ()) if self.mask == "task" else None
+        model = _Restricted(self.model, classes)
+        if classes is not None:
+            pairs = ((x, torch.searchsorted(torch.tensor(classes, device=y.device), y)) for x, y in pairs)
         found = fisher_information(model, pairs, labels=self.information, examples=self.examples, seed=seed)
         names = {id(p): name for name, p in model.named_parameters()}
         fresh = [found[names[id(p)]].to(p) for p in self.parameters]

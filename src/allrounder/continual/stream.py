@@ -13,11 +13,12 @@ same outputs, other inputs), *task-incremental* (the id is given at test). `hide
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import InputError
 from ..scoring import mean
@@ -69,7 +70,7 @@ class Stream(Sequence[Experience]):
     def __init__(
         self, experiences: Iterable[Experience], *, outputs: int, offers: Iterable[str] = OFFERS, name: str = "stream"
     ) -> None:
-        self._experiences = tuple(experiences)
+        self._experiences = _aligned(tuple(experiences))
         self.outputs, self.offers, self.name = outputs, frozenset(offers), name
         if not self._experiences:
             raise InputError("a stream needs at least one experience")
@@ -119,6 +120,28 @@ class Stream(Sequence[Experience]):
         return next(i for i, experience in enumerate(self._experiences) if experience.task == task)
 
 
+def _aligned(experiences: tuple[Experience, ...]) -> tuple[Experience, ...]:
+    """The same, with columns of tokens padded to one length, so that examples of different tasks fit into one batch."""
+    splits = ("train", "validation", "test")
+    parts = [getattr(item, split) for item in experiences for split in splits]
+    if not parts or not isinstance(parts[0].inputs, Mapping):
+        return experiences
+    longest = {
+        key: max(part.inputs[key].shape[1] for part in parts)
+        for key, column in parts[0].inputs.items()
+        if column.ndim == 2
+    }
+
+    def padded(part: Examples) -> Examples:
+        inputs = {
+            key: F.pad(column, (0, longest[key] - column.shape[1])) if key in longest else column
+            for key, column in part.inputs.items()  # type: ignore[union-attr]
+        }
+        return Examples(inputs, part.targets)
+
+    return tuple(replace(item, **{split: padded(getattr(item, split)) for split in splits}) for item in experiences)
+
+
 def _part(examples: Examples, rows: Tensor, targets: Tensor | None = None) -> Examples:
     inputs, own = examples[rows]
     return Examples(inputs, own if targets is None else targets)
@@ -150,6 +173,8 @@ def split_by_class(
     """
     labels = _labels(task)
     if isinstance(groups, int):
+        if groups < 1:
+            raise InputError(f"an experience has at least one class, got groups={groups}")
         order = torch.arange(task.outputs)
         if seed is not None:
             order = torch.randperm(task.outputs, generator=torch.Generator().manual_seed(seed))
@@ -181,7 +206,11 @@ def permuted(task: Task, count: int, *, seed: int = 0) -> Stream:
     if count < 1:
         raise InputError(f"a stream needs at least one experience, got count={count}")
     labels, generator = _labels(task), torch.Generator().manual_seed(seed)
-    classes = tuple(sorted({int(number) for number in labels["train"].unique()}))
+    classes = tuple(range(task.outputs))
+    if labels["train"].ndim == 1:
+        classes = tuple(sorted({int(number) for number in labels["train"].unique()}))
+    if not isinstance(task.train.inputs, Tensor):  # type: ignore[attr-defined]
+        raise InputError(f"task {task.name!r} has inputs of several columns; entries of one tensor can be permuted")
     experiences = []
     for index in range(count):
         parts = {}
@@ -208,7 +237,7 @@ def in_sequence(suite: Suite, *, scenario: str = "class", order: Sequence[str] |
     """
     if scenario not in ("class", "task", "domain"):
         raise InputError(f"scenario is 'class', 'task' or 'domain', got {scenario!r}")
-    tasks = [suite[name] for name in (order or list(suite))]
+    tasks = list((suite if order is None else suite.only(list(order))).values())
     if scenario == "domain" and len({task.outputs for task in tasks}) > 1:
         raise InputError("tasks that share their outputs must have equally many; use scenario='class'")
     experiences, start = [], 0
@@ -228,6 +257,8 @@ def in_sequence(suite: Suite, *, scenario: str = "class", order: Sequence[str] |
 
 def revisit(stream: Stream, order: Sequence[int]) -> Stream:
     """Tasks of a stream in another order, with returns: `revisit(stream, [0, 1, 0, 2])`."""
+    if odd := [index for index in order if not 0 <= index < len(stream.tasks)]:
+        raise InputError(f"the stream has the tasks 0 to {len(stream.tasks) - 1}, got {odd[0]}")
     return Stream(
         [stream.tasks[index] for index in order],
         outputs=stream.outputs,
