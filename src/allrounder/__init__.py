@@ -35,8 +35,8 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Batches", "Checkpoint", "Claim", "Examples", "Finding", "InputError", "Suite", "Task", "Weights", "cite",
-    "compression", "continual", "data", "fit", "load_weights", "losses", "merging", "multitask", "nets", "normalised", "open_weights", "optim",
-    "papers", "report", "run_study", "save", "score",
+    "compression", "continual", "data", "fit", "load_weights", "losses", "merging", "multitask", "nets",
+    "normalised", "open_weights", "optim", "papers", "report", "run_study", "save", "score",
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..data.text import Tokens, text_suite, tokenize
 from ..errors import InputError
-from ..nets.encoders import quiet, load_tokenizer
+from ..nets.encoders import load_tokenizer, quiet
 from ..saving import replacing
 from ..task import Batches, Task, to_device
 from .encoder_states import Encoder, build_student, uniform_map

@@ -344,8 +344,6 @@ def check(learner: Learner, stream: Stream) -> None:
             f"{name} learns from {' and '.join(sorted(learner.labels))}-label targets; these are {kind}-label"
         )
     if stream.multi_label and getattr(learner, "mask", "none") == "task" and hasattr(learner, "buffer"):
-        raise InputError(
-            f"{name} with mask='task' would rehearse nothing: the labels of old tasks are masked; mask='none'"
-        )
+        raise InputError(f"{name} would rehearse nothing: mask='task' hides the labels of old tasks; use mask='none'")
     if learner.outputs != stream.outputs:
         raise InputError(f"{name} was made for {learner.outputs} outputs, the stream has {stream.outputs}")

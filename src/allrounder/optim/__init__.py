@@ -13,7 +13,8 @@ from .stability import LEARNING_RATES, StabilityReport, Trial, diverged, lr_sens
 
 __all__ = [
     "FRUGAL", "LEARNING_RATES", "RULES", "Aggregate", "Forecast", "Rule", "StabilityProbes", "StabilityReport",
-    "Trial", "cagrad", "delta_m", "diverged", "fisher_information",
-    "forecast_attention_logit", "forecast_gradient_rms", "frozen_batchnorm", "independent_weight_decay", "lr_sensitivity", "make_rule", "mgda", "mup_groups", "nash_mtl",
-    "parameter_groups", "perturbed", "roles", "stability_report", "warmup_cosine", "z_penalty",
+    "Trial", "cagrad", "delta_m", "diverged", "fisher_information", "forecast_attention_logit",
+    "forecast_gradient_rms", "frozen_batchnorm", "independent_weight_decay", "lr_sensitivity", "make_rule", "mgda",
+    "mup_groups", "nash_mtl", "parameter_groups", "perturbed", "roles", "stability_report", "warmup_cosine",
+    "z_penalty",
 ]  # fmt: skip
