@@ -192,12 +192,14 @@ def test_domain_importance_is_the_slow_reference(arm, lr):
 
 def test_weights_hooks_and_gradients_are_put_back():
     model = small().train()
+    model.norm.eval()
     model.embedding.weight.requires_grad_(False)
     model.norm.weight.grad = torch.ones(16)
     before = state(model)
     domain_importance(model, text(), lr=0.5, epochs=2)
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
     assert model.training
+    assert not model.norm.training
     assert not model.embedding.weight.requires_grad
     assert model.norm.weight.requires_grad
     assert model.norm.weight.grad.eq(1).all()

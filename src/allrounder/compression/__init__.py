@@ -2,8 +2,8 @@
 
 `quantize` gives a BatchNorm network in 2 to 8 bits without its data (Genie), `round_weights` rounds any network.
 `d_pruner`, `sparsegpt`, `wanda` and `magnitude` zero weights of a causal language model. `ernie_tiny` and `distil`
-shrink an encoder in stages; `DualHead` teaches any classifier. `quantize_folder`, `prune_folder` and `distil_folder` work
-from folder to folder; `footprints` measures what a model costs.
+shrink an encoder in stages; `DualHead` teaches any classifier. `quantize_folder`, `prune_folder` and `distil_folder`
+work from folder to folder; `footprints` measures what a model costs.
 """
 
 from .d_pruner import d_pruner, general_importance

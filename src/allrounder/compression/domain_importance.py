@@ -28,7 +28,7 @@ from ..checkpoint import Weights
 from ..errors import InputError
 from .pruning_journal import Journal, digest
 from .pruning_layers import Matrix, matrices
-from .pruning_text import Batch, next_token_loss, token_batches
+from .pruning_text import Batch, evaluating, next_token_loss, token_batches
 
 __all__ = ["Scaling", "domain_importance", "regularised", "removal_error"]
 
@@ -170,15 +170,13 @@ def _working(model: nn.Module, moving: bool, journal: Journal | None) -> Iterato
         original = {name: p.detach().to("cpu", copy=True) for name, p in named.items()}
     elif moving and journal is not None:
         original = journal.write("original", {name: p.detach() for name, p in named.items()})
-    training = model.training
-    model.eval()
     try:
         for p in named.values():
             p.requires_grad_(True)
             p.grad = None
-        yield named
+        with evaluating(model):
+            yield named
     finally:
-        model.train(training)
         with torch.no_grad():
             for name, p in named.items():
                 if name in original:

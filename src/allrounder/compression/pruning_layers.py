@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .pruning_journal import Journal, digest
 from .pruning_statistics import Gathering, Statistic
-from .pruning_text import Batch, logits
+from .pruning_text import Batch, evaluating, logits
 
 __all__ = ["Matrix", "blocks_of", "calibrate", "matrices"]
 
@@ -203,48 +203,43 @@ def calibrate(
     inside = [[m for m in found if m.name.startswith(f"{prefix}.{number}.")] for number in range(len(blocks))]
     kept: dict[str, Tensor] = {}
     dead: dict[str, int] = {}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            journal = None
-            if folder is not None:
-                journal = Journal(folder, digest({m.name: m.weight for m in found}, batches, settings))
-            stream = _enter(model, list(blocks), batches)
-            first = 0
-            if journal is not None and (first := journal.state.get("blocks", 0)):
-                dead |= journal.state["dead"]
-                for number in range(first):
-                    part = journal.read(f"block-{number:04}")
-                    kept |= {m.name: part[f"kept/{m.name}"] for m in inside[number] if f"kept/{m.name}" in part}
-                    for matrix in inside[number]:
-                        if not put_back:
-                            matrix.weight.copy_(part[f"weight/{matrix.name}"])
-                if first < len(blocks):
-                    part, device = journal.read(f"hidden-{first:04}"), stream.hidden[0].device
-                    stream.hidden = [part[str(i)].to(device) for i in range(len(batches))]
-            for number in range(first, len(blocks)):
-                block, here = blocks[number], inside[number]
-                with _restored(here if put_back else []):
-                    kept_here, dead_here = _one(block, number, stream, batches, here, visit, diagonal)
-                    dead |= dead_here
-                    if number + 1 < len(blocks):
-                        for i in range(len(batches)):
-                            stream.hidden[i] = stream.run(block, number, i)
-                if journal is not None:
-                    tensors = {f"kept/{name}": value for name, value in kept_here.items()}
-                    tensors |= {} if put_back else {f"weight/{m.name}": m.weight for m in here}
-                    part = journal.write(f"block-{number:04}", tensors)
-                    kept_here = {name: part[f"kept/{name}"] for name in kept_here}  # the kernel can drop its pages
-                    if number + 1 < len(blocks):
-                        journal.write(f"hidden-{number + 1:04}", {str(i): h for i, h in enumerate(stream.hidden)})
-                    journal.note(blocks=number + 1, dead=dead)
-                    journal.drop(f"hidden-{number:04}")
-                kept |= kept_here
-                if progress is not None:
-                    progress(number + 1, len(blocks))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        journal = None
+        if folder is not None:
+            journal = Journal(folder, digest({m.name: m.weight for m in found}, batches, settings))
+        stream = _enter(model, list(blocks), batches)
+        first = 0
+        if journal is not None and (first := journal.state.get("blocks", 0)):
+            dead |= journal.state["dead"]
+            for number in range(first):
+                part = journal.read(f"block-{number:04}")
+                kept |= {m.name: part[f"kept/{m.name}"] for m in inside[number] if f"kept/{m.name}" in part}
+                for matrix in inside[number]:
+                    if not put_back:
+                        matrix.weight.copy_(part[f"weight/{matrix.name}"])
+            if first < len(blocks):
+                part, device = journal.read(f"hidden-{first:04}"), stream.hidden[0].device
+                stream.hidden = [part[str(i)].to(device) for i in range(len(batches))]
+        for number in range(first, len(blocks)):
+            block, here = blocks[number], inside[number]
+            with _restored(here if put_back else []):
+                kept_here, dead_here = _one(block, number, stream, batches, here, visit, diagonal)
+                dead |= dead_here
+                if number + 1 < len(blocks):
+                    for i in range(len(batches)):
+                        stream.hidden[i] = stream.run(block, number, i)
+            if journal is not None:
+                tensors = {f"kept/{name}": value for name, value in kept_here.items()}
+                tensors |= {} if put_back else {f"weight/{m.name}": m.weight for m in here}
+                part = journal.write(f"block-{number:04}", tensors)
+                kept_here = {name: part[f"kept/{name}"] for name in kept_here}  # the kernel can drop its pages
+                if number + 1 < len(blocks):
+                    journal.write(f"hidden-{number + 1:04}", {str(i): h for i, h in enumerate(stream.hidden)})
+                journal.note(blocks=number + 1, dead=dead)
+                journal.drop(f"hidden-{number:04}")
+            kept |= kept_here
+            if progress is not None:
+                progress(number + 1, len(blocks))
     return kept, dead
 
 

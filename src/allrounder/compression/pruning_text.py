@@ -9,7 +9,8 @@ is neither predicted nor counted in statistics. Works for causal models of trans
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,17 +104,26 @@ def next_token_loss(model: nn.Module, batch: Batch, *, reduction: str = "mean") 
     return F.cross_entropy(found.float(), target.to(found.device), ignore_index=IGNORED, reduction=reduction)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every module is in its own mode again after it."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[Any]) -> float:
     """exp of the mean loss a predicted token, over all batches; the model is put in evaluation mode for it."""
-    training, total, count = model.training, 0.0, 0
-    model.eval()
-    try:
+    total, count = 0.0, 0
+    with evaluating(model):
         for batch in token_batches(model, batches):
             total += next_token_loss(model, batch, reduction="sum").item()
             count += int((labels(batch)[:, 1:] != IGNORED).sum())
-    finally:
-        model.train(training)
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 
