@@ -7,6 +7,7 @@ work from folder to folder; `footprints` measures what a model costs.
 """
 
 from .d_pruner import d_pruner, general_importance
+from .domain_importance import domain_importance
 from .dual_head import RECIPES, Aligned, DualHead, DualHeadLoss, DualOutput, Recipe
 from .encoder_states import Encoder, States, build_student, uniform_map
 from .ernie_tiny import LatentLoss, RelationLoss, ernie_tiny
@@ -21,6 +22,8 @@ from .onnx_qdq import export_onnx
 from .pruning import Pruned, keep_mask, prune_by
 from .pruning_baselines import magnitude, wanda
 from .pruning_folder import prune_folder
+from .pruning_layers import matrices
+from .pruning_text import perplexity
 from .quantized import QuantizedNetwork
 from .sparsegpt import sparsegpt
 from .stages import Stage, distil
@@ -28,7 +31,8 @@ from .stages import Stage, distil
 __all__ = [
     "RECIPES", "Aligned", "DualHead", "DualHeadLoss", "DualOutput", "Encoder", "Footprint", "LatentLoss", "Pruned",
     "QuantizedNetwork", "Recipe", "RelationLoss", "Rounding", "Stage", "States", "Synthesis", "build_student",
-    "classify", "d_pruner", "distil", "distil_folder", "ernie_tiny", "export_onnx", "finetune", "footprint",
-    "footprints", "general_importance", "general_text", "keep_mask", "magnitude", "prune_by", "prune_folder",
-    "quantize", "quantize_folder", "restore_weights", "round_weights", "sparsegpt", "uniform_map", "wanda",
+    "classify", "d_pruner", "distil", "distil_folder", "domain_importance", "ernie_tiny", "export_onnx", "finetune",
+    "footprint", "footprints", "general_importance", "general_text", "keep_mask", "magnitude", "matrices",
+    "perplexity", "prune_by", "prune_folder", "quantize", "quantize_folder", "restore_weights", "round_weights",
+    "sparsegpt", "uniform_map", "wanda",
 ]  # fmt: skip
