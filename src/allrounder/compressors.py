@@ -110,7 +110,7 @@ class Compressor:
     shrink: Callable[..., Smaller]
 
 
-def _matrices(backbone: nn.Module) -> dict[str, nn.Module]:
+def _matrices(backbone: nn.Module) -> dict[str, Any]:
     """Linear and convolutional layers by name."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     found = {name: part for name, part in backbone.named_modules() if isinstance(part, kinds)}
@@ -134,8 +134,8 @@ def _magnitude(bench: SmallBench, *, sparsity: Sparsity = 0.5) -> Smaller:
     whole = stored_bytes(model.backbone.state_dict())
     for layer in _matrices(model.backbone).values():
         rows: Any = layer.weight.flatten(1)
-        layer.weight.mul_(keep_mask(rows.abs(), sparsity).view_as(layer.weight))  # type: ignore[union-attr,operator]
-        size = layer.weight.element_size()  # type: ignore[union-attr,operator]
+        layer.weight.mul_(keep_mask(rows.abs(), sparsity).view_as(layer.weight))
+        size = layer.weight.element_size()
         whole += -(-rows.numel() // 8) - int((rows == 0).sum()) * size
     note = f"{100 * sparsity:g}% zeros: smaller when stored sparse, not faster"
     return Smaller(model, whole, model.backbone.state_dict(), note)
@@ -246,8 +246,9 @@ def write_smaller(found: Smaller, path: Path, *, like: Path | None, metadata: di
     if found.weights is None:
         from .nets.encoders import load_tokenizer
 
+        inner: Any = found.model.backbone
         with replacing(path) as folder:
-            found.model.backbone.model.save_pretrained(folder)  # type: ignore[union-attr,operator]
+            inner.model.save_pretrained(folder)
             if like is not None:
                 load_tokenizer(like).save_pretrained(folder)
         return

@@ -184,7 +184,7 @@ def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str
         from .entrants import ENTRANTS
 
         bench, _ = bench_of(recipe, step.seed, steps, out, device)
-        weights = ENTRANTS[step.name].enter(bench, **step.options).weights
+        weights: Any = ENTRANTS[step.name].enter(bench, **step.options).weights
         _write_weights(path, {name: weights[name] for name in weights}, {})
     elif step.kind == "compress":
         write_json(path, _compress(recipe, step, steps, out, device))

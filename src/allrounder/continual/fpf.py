@@ -151,9 +151,9 @@ class FPF(Learner):
         self.times, self.steps, self.batch_size, self.lr, self.distil = times, steps, batch_size, lr, distil
         self.answers_early = learner.answers_early
         self.triggers = [] if times == 1 else trigger_steps(total or 0, times)[:-1]
-        lent = getattr(learner, "buffer", None)
+        lent: Any = getattr(learner, "buffer", None)
         self.own_buffer = not isinstance(lent, Buffer) or distil > 0
-        self.buffer = Buffer(buffer, policy="balanced", seed=seed) if self.own_buffer else lent
+        self.buffer: Buffer = Buffer(buffer, policy="balanced", seed=seed) if self.own_buffer else lent
         self.generator = torch.Generator().manual_seed(seed)
         self.needs = learner.needs | (set() if modules is not None else {"boundaries"})  # type: ignore[misc]
         self.labels = learner.labels & {"single"}  # type: ignore[misc]

@@ -66,7 +66,7 @@ class _Anchored(GradientLearner):
             torch._foreach_mul_(pull, self.importance)
             for p in self.parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch._foreach_add_([p.grad for p in self.parameters], pull, alpha=self.factor * self.strength)
+            torch._foreach_add_([p.grad for p in self.parameters], pull, alpha=self.factor * self.strength)  # type: ignore[arg-type]
 
     def backward(self, loss: Tensor, batch: Batch) -> None:
         loss.backward()
@@ -126,7 +126,8 @@ class EWC(_Anchored):
         super().__init__(model, outputs, strength=strength, **options)
         if not 0 <= decay <= 1:
             raise InputError(f"decay is in [0, 1], got {decay:g}")
-        self.decay, self.information, self.examples = decay, information, examples
+        self.decay, self.examples = decay, examples
+        self.information: Literal["exact", "sampled", "given"] = information
 
     def _drawn(self, info: TaskInfo) -> Iterator[tuple[Any, Tensor]]:
         """At most `examples` of the task, drawn without order."""

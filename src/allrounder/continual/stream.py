@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..scoring import mean
 from ..task import Examples, Suite, Task
 
 __all__ = ["OFFERS", "Experience", "Stream", "average_precision", "hide", "in_sequence", "permuted", "revisit",
@@ -289,5 +289,5 @@ def average_precision(scores: Tensor, targets: Tensor) -> float:
     usable = [c for c in range(targets.shape[1]) if targets[:, c].any()]
     if not usable:
         return float("nan")
-    found = average_precision_score(targets[:, usable].numpy(), scores[:, usable].float().numpy(), average=None)
-    return float(mean(dict(enumerate(found.tolist() if len(usable) > 1 else [float(found)]))))
+    found = [average_precision_score(targets[:, c].numpy(), scores[:, c].float().numpy()) for c in usable]
+    return float(fmean(found))

@@ -151,8 +151,8 @@ def build(
         return [[fmean(values) for values in zip(*table, strict=True)] for table in zip(*tables, strict=True)]
 
     learned = {name: results[name][recipe.seed].get("coefficients") for name in methods}
-    matrices = {name: [one.get("matrix") for one in results[name].values()] for name in methods}
-    matrices = {name: found for name, found in matrices.items() if all(found)}
+    given = {name: [one.get("matrix") for one in results[name].values()] for name in methods}
+    matrices: dict[str, list[Any]] = {name: found for name, found in given.items() if all(found)}
     report: dict[str, Any] = {
         "title": recipe.title,
         "suite": recipe.suite,
