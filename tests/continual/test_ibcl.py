@@ -443,12 +443,13 @@ def test_a_learner_stopped_in_a_task_goes_on_with_the_same_result(stop, tmp_path
 def test_the_driver_resumes_and_refuses_another_learner_s_checkpoint(tmp_path):
     stream = conflict(tasks=3)
     expected = learn(made(), stream, epochs=3, batch_size=50)
-    first = Stream(list(stream)[:2], outputs=2, name="conflict")
-    learn(made(), first, epochs=3, batch_size=50, folder=tmp_path)
-    state = load_state(tmp_path / "learner.safetensors")
-    state["identity"]["experiences"] = ["t0", "t1", "t2"]  # as if it had been stopped before the third
-    state["record"] |= {"tasks": ["t0", "t1", "t2"], "first": [0, 1, 2], "matrix": expected.matrix[:2]}
-    save_state(state, tmp_path / "learner.safetensors")
+
+    def stop(name, done, steps):
+        if done == 27:  # in the third of three experiences of 12 steps
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(made(), stream, epochs=3, batch_size=50, folder=tmp_path, progress=stop)
     for other in (made(priors=(1.0, 2.0, 3.0)), made(chained=False), made(linear(6, bias=False))):
         with pytest.raises(InputError, match="is a run with (priors|chained|parameters)"):
             learn(other, stream, epochs=3, batch_size=50, folder=tmp_path)

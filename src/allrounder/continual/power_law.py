@@ -55,8 +55,8 @@ def rehearsal_shares(lags: Tensor | Sequence[float], law: Law = "power", alpha: 
     Raises:
         InputError: a negative alpha (old tasks more often than new ones), a lag below 1, an unknown law.
 
-    >>> rehearsal_shares([1, 2, 4]).tolist()
-    [0.5714..., 0.2857..., 0.1428...]
+    >>> rehearsal_shares([1, 2, 4]) * 7
+    tensor([4., 2., 1.], dtype=torch.float64)
     """
     lags = torch.as_tensor(lags, dtype=torch.float64)
     if law not in ("power", "exponential", "uniform", "recency"):
