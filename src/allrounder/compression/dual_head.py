@@ -38,9 +38,9 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..losses.distillation import binary_kl, binary_kl_norm, check_targets, dist, dkd, soft_label_loss
+from ..nets.calling import evaluating
 from ..nets.taps import tapped
 from ..train import Losses
-from .footprint import evaluating
 
 __all__ = ["RECIPES", "Aligned", "DualHead", "DualHeadLoss", "DualOutput", "Recipe"]
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..nets.calling import evaluating
 
 __all__ = ["Footprint", "footprint", "footprints"]
 
@@ -97,19 +98,6 @@ def footprints(
         name: Footprint(*sizes[name], statistics.median(times), min(times), max(times), threads)
         for name, times in seconds.items()
     }
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in evaluation mode inside; each part in the mode it had, afterwards."""
-    modes = [(part, part.training) for model in models for part in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _size(model: nn.Module) -> tuple[int, int]:

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..nets.calling import evaluating
 from ..state import load_state, save_state
 from ..task import Batches, to_device
-from .footprint import evaluating
 
 __all__ = ["Loss", "Stage", "distil"]
 
