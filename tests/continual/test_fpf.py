@@ -174,3 +174,11 @@ def test_bad_input():
         small.finetune()
     with pytest.raises(InputError, match="lower its learning rate"):
         trained(modules=[""], lr=1e30).finetune()
+
+
+def test_the_backward_pass_ends_at_the_lowest_retrained_module():
+    learner, reached = trained(modules=["1"]), []
+    learner.model[0].weight.register_hook(lambda gradient: reached.append("0"))
+    learner.model[1].weight.register_hook(lambda gradient: reached.append("1"))
+    learner.finetune()
+    assert set(reached) == {"1"}

@@ -1,5 +1,8 @@
 """Faults that a review found, each kept out by a test."""
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -188,3 +191,16 @@ def test_errors_are_sentences():
         split_by_class(blobs(), 0)
     with pytest.raises(InputError, match="several columns"):
         permuted(texts("a", 5, 0), 2)
+
+
+def test_lags_are_phases_since_a_task_was_last_drawn(monkeypatch):
+    power: Any = sys.modules["allrounder.continual.power_law"]  # the room has the function under this name
+    right, lags = power.rehearsal_shares, []
+
+    def noted(given, *settings):
+        lags.append(given.tolist())
+        return right(given, *settings)
+
+    monkeypatch.setattr(power, "rehearsal_shares", noted)
+    power.power_law(by_order(3), new=5, rehearsed=1, clock="last_seen")
+    assert lags == [[1.0], [1.0, 1.0]]
