@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,14 +15,19 @@ __all__ = ["mean", "normalised", "score"]
 
 
 @torch.no_grad()
-def score(model: nn.Module | Callable, suite: Suite, *, split: str = "test", batch_size: int = 64) -> dict[str, float]:
+def score(
+    model: nn.Module | Callable, suite: Suite, *, split: str = "test", batch_size: int | None = None
+) -> dict[str, float]:
     """Each task's metric on a whole split.
+
+    A metric with `update`, `compute` and `reset` (those of torchmetrics) is given batch by batch, any other all outputs
+    at once.
 
     Args:
         model: called as `model(inputs, task)`; put into evaluation mode when it is a module.
         suite: the tasks.
         split: `test`, `validation` or `train`.
-        batch_size: examples at a time.
+        batch_size: examples at a time. Default: the split's own `batch_size`, or 64.
 
     Returns:
         Task name -> metric (for accuracy: 0 to 1).
@@ -33,11 +39,21 @@ def score(model: nn.Module | Callable, suite: Suite, *, split: str = "test", bat
         device = "cpu" if first is None else first.device
     scores = {}
     for name, task in suite.items():
+        data, metric = task.split(split), task.metric
+        gathered = hasattr(metric, "update")
+        if gathered:
+            metric = copy.deepcopy(metric)
+            metric.reset()  # type: ignore[attr-defined]
         outputs, targets = [], []
-        for inputs, target in Batches(task.split(split), batch_size):
-            outputs.append(model(to_device(inputs, device), name).float().cpu())
-            targets.append(target)
-        scores[name] = float(task.metric(torch.cat(outputs), torch.cat(targets)))
+        for inputs, target in Batches(data, batch_size or getattr(data, "batch_size", 64)):
+            output = model(to_device(inputs, device), name)
+            if gathered:
+                metric.update(output, to_device(target, output.device))  # type: ignore[attr-defined]
+            else:
+                outputs.append(output.float().cpu())
+                targets.append(target)
+        found = metric.compute() if gathered else metric(torch.cat(outputs), torch.cat(targets))  # type: ignore[attr-defined]
+        scores[name] = float(found)
     return scores
 
 

@@ -121,7 +121,7 @@ class Task:
         train, validation, test: disjoint splits. Validation is for choosing, test for reporting.
         outputs: number of outputs (classes).
         loss: `(outputs, targets) -> scalar`, mean over the batch. Default: cross-entropy.
-        metric: `(all outputs, all targets) -> float`, higher is better. Default: accuracy.
+        metric: `(all outputs, all targets) -> float`, higher is better, or a metric of torchmetrics. Default: accuracy.
         classes: names of the outputs, where they have names.
     """
 

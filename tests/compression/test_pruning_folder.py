@@ -90,12 +90,11 @@ def test_the_seed_and_the_work_folder(folder, texts, tmp_path):
     assert not all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_fields_that_are_text_are_joined_and_gz_is_read(folder, texts, tmp_path):
-    from allrounder.compression.pruning_folder import _read
-
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
-        file.write('{"question": "why", "answer": "so", "n": 3}\n{"n": 4}\n')
-    assert _read(tmp_path / "rows.jsonl.gz") == ["why\nso"]
+def test_lines_of_other_splits_are_not_calibrated_on(folder, tmp_path):
+    lines = [{"text": "the court may enter a judgement", "split": split} for split in ("test", "validation")]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ar.InputError, match="has no line of the split 'train'"):
+        prune_folder(folder, tmp_path / "out", general=tmp_path / "held.jsonl", method="wanda")
 
 
 def test_shared_lines_are_announced(folder, texts, tmp_path):
@@ -119,10 +118,10 @@ def test_bad_input_is_named(folder, texts, tmp_path):
         with pytest.raises(ar.InputError, match=message):
             prune_folder(folder, out, **({**texts} | options))
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n[1]\n')
-    with pytest.raises(ar.InputError, match="line 2 of .* is not a JSON object"):
+    with pytest.raises(ar.InputError, match="line 2 of .* is a JSON list, not an object"):
         prune_folder(folder, out, general=texts["general"], domain=tmp_path / "bad.jsonl")
     (tmp_path / "none.jsonl").write_text('{"n": 1}\n')
-    with pytest.raises(ar.InputError, match="no row with text"):
+    with pytest.raises(ar.InputError, match="has no text; give each line a field"):
         prune_folder(folder, out, general=texts["general"], domain=tmp_path / "none.jsonl")
     (tmp_path / "short.txt").write_text("the cat")
     with pytest.raises(

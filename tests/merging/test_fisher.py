@@ -151,6 +151,23 @@ class TestInformation:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
 
+    def test_of_a_sequence_is_that_of_its_whole_labelling(self):
+        model, x = network(), inputs(15).view(5, 3, 4)
+        given = torch.randint(3, (5, 3), generator=torch.Generator().manual_seed(3))
+        total = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+        for row, target in zip(x, given, strict=True):
+            log_p = model(row).log_softmax(-1).gather(-1, target[:, None]).sum()
+            for sums, value in zip(total.values(), torch.autograd.grad(log_p, list(model.parameters())), strict=True):
+                sums += value.square() / 5
+        assert close(fisher_information(model, [(x, given)], labels="given"), total)
+        drawn = fisher_information(model, [x], labels="sampled", seed=1)
+        assert close(drawn, fisher_information(model, [x], labels="sampled", seed=1))
+        assert not close(drawn, fisher_information(model, [x], labels="sampled", seed=2))
+        with pytest.raises(
+            InputError, match=r"outputs \(5, 3, 3\) are sequences, with too many labels for labels='exact'"
+        ):
+            fisher_information(model, [x])
+
     def test_half_precision_is_summed_in_float32(self):
         model = nn.Linear(4, 3).bfloat16()
         assert fisher_information(model, [inputs().bfloat16()])["weight"].dtype == torch.float32
@@ -162,7 +179,11 @@ class TestInformation:
             ([inputs()], {"examples": 0}, "examples is how many to use, at least 1, got 0"),
             ([inputs()], {"labels": "true"}, "labels is 'exact', 'sampled' or 'given', got 'true'"),
             ([inputs()], {"labels": "given"}, "needs batches"),
-            ([(inputs(), torch.zeros(20))], {"labels": "given"}, "one class number per example"),
+            (
+                [(inputs(), torch.zeros(20))],
+                {"labels": "given"},
+                r"needs class numbers \(20,\), one for each prediction",
+            ),
             ([(inputs(), torch.full((20,), 3))], {"labels": "given"}, "run from 3 to 3, the model has 3 classes"),
             ([inputs() * float("nan")], {}, "the information of '0.weight' is not finite"),
         ],
@@ -172,7 +193,7 @@ class TestInformation:
             fisher_information(network(), batches, **options)
 
     def test_models_without_classes(self):
-        with pytest.raises(InputError, match=r"needs outputs \(N, classes\) with two classes or more, got \(20, 1\)"):
+        with pytest.raises(InputError, match=r"needs outputs \(N, classes\) or .* two classes or more, got \(20, 1\)"):
             fisher_information(nn.Linear(4, 1).double(), [inputs()])
         with pytest.raises(InputError, match="one head per task: give task=, one of a"):
             fisher_information(MultiTaskModel(nn.Linear(4, 3), {"a": nn.Linear(3, 2)}), [inputs()])

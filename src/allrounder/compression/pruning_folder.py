@@ -2,14 +2,13 @@
 
     prune_folder("llama", "pruned", general="wiki.txt", domain="clinic.jsonl", sparsity=0.5)
 
-Texts are `.txt` (one long text, cut into rows) or `.jsonl` (one example a line: its field `text`, or all of its fields
-that are strings, one below the other), also with `.gz`. General text is always cut into rows; an example of the domain
-is a row of its own, cut at `length`. Needs the extra `hf`.
+Texts are `.txt` (one long text, cut into rows) or `.jsonl` (one example a line), as `data.documents` reads them; of
+lines that name a split, those of `train`. General text is always cut into rows; an example of the domain is a row of
+its own, cut at `length`. Needs the extra `hf`.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import resolve
+from ..data.documents import documents
 from ..errors import InputError
 from .d_pruner import d_pruner
 from .pruning import Pruned, Structure, check
@@ -81,7 +81,7 @@ def prune_folder(
     check(sparsity, structure)
     if min(length, rows, examples, batch_size) < 1 or length < 2:
         raise InputError("length is at least 2; rows, examples and batch_size are at least 1")
-    texts = {name: _read(path) for name, path in (("general", general), ("domain", domain)) if path is not None}
+    texts = {name: _train(path) for name, path in (("general", general), ("domain", domain)) if path is not None}
     if method == "d-pruner" and len(texts) < 2:
         raise InputError(f"D-Pruner needs a general and a domain text, got {', '.join(texts) or 'neither'}")
     if method in ("sparsegpt", "wanda") and not texts:
@@ -94,12 +94,12 @@ def prune_folder(
     net, tokenizer = _load(resolve(model), device)
     length = min(length, getattr(net.config, "max_position_embeddings", None) or length)
     batches: dict[str, list[Any]] = {}
-    for name, documents in texts.items():
-        if name == "domain" and len(documents) > 1:
-            batches[name] = _examples(documents[:examples], tokenizer, length, batch_size)
+    for name, found in texts.items():
+        if name == "domain" and len(found) > 1:
+            batches[name] = _examples(found[:examples], tokenizer, length, batch_size)
         else:
             count = rows if name == "general" else examples
-            batches[name] = _rows(name, documents, tokenizer, length, count, batch_size, seed)
+            batches[name] = _rows(name, found, tokenizer, length, count, batch_size, seed)
     options: dict[str, Any] = {"sparsity": sparsity, "structure": structure}
     if method == "magnitude":
         pruned = magnitude(net, **options)
@@ -115,33 +115,10 @@ def prune_folder(
     return pruned
 
 
-def _read(path: str | Path) -> list[str]:
-    """The documents of a file; a `.txt` is one."""
-    path = Path(path).expanduser()
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind not in ("txt", "jsonl"):
-        raise InputError(f"{str(path)!r} is no text file; give a .txt or a .jsonl (also with .gz)")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as UTF-8 text ({error}); give another file") from error
-    if kind == "txt":
-        return [lines]
-    found = []
-    for number, line in enumerate(lines.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"line {number} of {str(path)!r} is not a JSON object ({error})") from error
-        text = row.get("text")
-        parts = [text] if isinstance(text, str) else [value for value in row.values() if isinstance(value, str)]
-        if parts:
-            found.append("\n".join(parts))
+def _train(path: str | Path) -> list[str]:
+    found = [text for text, split in documents(path) if split in (None, "train")]
     if not found:
-        raise InputError(f"{str(path)!r} has no row with text; give each a field 'text'")
+        raise InputError(f"{str(path)!r} has no line of the split 'train'; leave out 'split' to use them all")
     return found
 
 

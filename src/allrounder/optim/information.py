@@ -29,20 +29,26 @@ ENTRIES = (1 << 26, 1 << 22)  # numbers of single examples' gradients kept at a 
 
 
 def _cotangents(log_p: Tensor, targets: Any, labels: str, generator: torch.Generator) -> Tensor:
-    """Rows whose products with d log p, squared and summed, are one example's information: `(N, rows, C)`."""
+    """Rows whose products with d log p, squared and summed, are one example's information: `(N, rows, ..., C)`."""
+    classes = log_p.shape[-1]
     if labels == "exact":
+        if log_p.ndim > 2:
+            raise InputError(f"outputs {tuple(log_p.shape)} are sequences, with too many labels for labels='exact'; "
+                             "take 'sampled' or 'given'")  # fmt: skip
         return torch.diag_embed(log_p.mul(0.5).exp())
     if labels == "sampled":
-        chosen = torch.multinomial(log_p.exp().double().cpu(), 1, generator=generator).squeeze(1)
+        flat = log_p.flatten(0, -2).exp().double().cpu()
+        chosen = torch.multinomial(flat, 1, generator=generator).view(log_p.shape[:-1])
     elif not isinstance(targets, Tensor):
         raise InputError("labels='given' needs batches (inputs, targets); these have inputs alone")
-    elif targets.shape != log_p.shape[:1] or targets.is_floating_point():
-        raise InputError(f"labels='given' needs one class number per example, got targets {tuple(targets.shape)}")
+    elif targets.shape != log_p.shape[:-1] or targets.is_floating_point():
+        have, want = tuple(targets.shape), tuple(log_p.shape[:-1])
+        raise InputError(f"labels='given' needs class numbers {want}, one for each prediction, got targets {have}")
     else:
         chosen = targets
-    if chosen.min() < 0 or chosen.max() >= log_p.shape[1]:
-        raise InputError(f"targets run from {chosen.min()} to {chosen.max()}, the model has {log_p.shape[1]} classes")
-    return F.one_hot(chosen.to(log_p.device).long(), log_p.shape[1]).to(log_p).unsqueeze(1)
+    if chosen.min() < 0 or chosen.max() >= classes:
+        raise InputError(f"targets run from {chosen.min()} to {chosen.max()}, the model has {classes} classes")
+    return F.one_hot(chosen.to(log_p.device).long(), classes).to(log_p).unsqueeze(1)
 
 
 class _Squares:
@@ -64,9 +70,11 @@ class _Squares:
         arguments, keywords = call_arguments(self.model, inputs, self.task)
         outputs = functional_call(self.model, dict(parameters), arguments, keywords)
         logits = getattr(outputs, "logits", outputs)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"Fisher information needs outputs (N, classes) with two classes or more, got {got}")
+            raise InputError(
+                f"Fisher information needs outputs (N, classes) or (N, T, classes) with two classes or more, got {got}"
+            )
         return wide(logits).log_softmax(-1)
 
     def _one(self, parameters: Mapping[str, Tensor], example: Any) -> Tensor:
@@ -126,7 +134,8 @@ def fisher_information(
     """Diagonal of the Fisher information of one expert, from true gradients of single examples.
 
     Args:
-        model: the expert; its outputs are logits `(N, C)`, or have them in `.logits`. Called as
+        model: the expert; its outputs are logits `(N, C)`, or `(N, T, C)` of T predictions an example (language
+            models: the label of an example is then its whole sequence), or have them in `.logits`. Called as
             `model(inputs, task)` with a task, otherwise as `model(inputs)` (`model(**inputs)` for a mapping).
             Left as it was; evaluation mode is used.
         batches: inputs, or tuples `(inputs, targets, ...)`.
@@ -142,8 +151,8 @@ def fisher_information(
         Name in the shared part -> mean over examples, at least in float32, shaped as the parameter.
 
     Raises:
-        InputError: no batches, outputs that are not `(N, C)` with C >= 2, targets that are missing or out of
-            range, information that is not finite.
+        InputError: no batches, outputs that are not `(N, C)` or `(N, T, C)` with C >= 2, sequences with `exact`,
+            targets that are missing or out of range, information that is not finite.
 
     >>> model = nn.Linear(1, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
