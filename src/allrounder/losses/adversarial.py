@@ -175,7 +175,7 @@ def pgd_loss(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """PGD adversarial training: cross-entropy at the inputs that make it large. Arguments as above."""
-    return F.cross_entropy(model(_pgd(model, inputs, target, within, generator)), target)
+    return F.cross_entropy(model(worst_inputs(model, inputs, target, within, generator)), target)
 
 
 def trades_loss(
@@ -210,14 +210,15 @@ def robust_accuracy(
 
     An input that is wrong without any attack counts as wrong. With radius 0 it is the accuracy.
     """
-    changed = _pgd(model, inputs, target, within, generator)
+    changed = worst_inputs(model, inputs, target, within, generator)
     right = [(_evaluated(model, x).argmax(1) == target) for x in (inputs, changed)]
     return (right[0] & right[1]).double().mean().item()
 
 
-def _pgd(
+def worst_inputs(
     model: Scores, inputs: Tensor, target: Tensor, within: Perturbation, generator: torch.Generator | None
 ) -> Tensor:
+    """Inputs at which the cross-entropy is large."""
     _inside(inputs, within.box)
     true_log_prob(_evaluated(model, inputs), target)
     loss = partial(F.cross_entropy, target=target, reduction="none")

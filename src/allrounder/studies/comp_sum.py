@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ..losses.adversarial import Perturbation, adversarial_comp_sum, pgd_loss, robust_accuracy, trades_loss
+from ..losses.adversarial_baselines import adversarial_weights, mart_loss
 from ..losses.comp_sum import comp_sum
 from ..losses.consistency import best_conditional_risk, conditional_risk, error_bound, error_transform
 from ..nets.multitask import MultiTaskModel, mlp
@@ -39,7 +40,10 @@ TRAINED: dict[str, Loss] = {
     "ADV-COMP-SUM, nu = 0.3": lambda m, x, y, g: adversarial_comp_sum(m, x, y, TRAINING, nu=0.3, generator=g),
     "TRADES, beta = 6": lambda m, x, y, g: trades_loss(m, x, y, TRAINING, generator=g),
     "PGD training": lambda m, x, y, g: pgd_loss(m, x, y, TRAINING, generator=g),
+    "MART, strength 5": lambda m, x, y, g: mart_loss(m, x, y, TRAINING, generator=g),
+    "TRADES with AWP": lambda m, x, y, g: trades_loss(m, x, y, TRAINING, generator=g),
 }
+WEIGHTS = {"TRADES with AWP": 5e-3}
 
 
 def _splits(seed: int) -> tuple[Examples, Examples]:
@@ -68,7 +72,7 @@ def _trained(tau: float, noise: float, steps: int, seed: int) -> float:
         return 100 * accuracy(model(test.inputs, "digits"), test.targets)
 
 
-def _attacked(loss: Loss, steps: int, seed: int) -> tuple[nn.Module, float, float]:
+def _attacked(loss: Loss, steps: int, seed: int, weights: float = 0.0) -> tuple[nn.Module, float, float]:
     """The network, its test accuracy and its accuracy under attack, in percent."""
     train, test = _splits(seed)
     model, generator = mlp([64, 256, 10], seed=seed), torch.Generator().manual_seed(seed)
@@ -76,7 +80,8 @@ def _attacked(loss: Loss, steps: int, seed: int) -> tuple[nn.Module, float, floa
     for _, (x, y) in zip(range(steps), Batches(train, BATCH, seed=seed, endless=True), strict=False):
         assert isinstance(x, Tensor)
         optimiser.zero_grad()
-        loss(model, x, y, generator).backward()
+        with adversarial_weights(model, lambda x=x, y=y: loss(model, x, y, generator), radius=weights) as value:
+            value.backward()
         optimiser.step()
     x, y = test[:]
     assert isinstance(x, Tensor)
@@ -136,7 +141,7 @@ def run(scale: Scale = "laptop", seed: int = 0) -> Finding:
     clean = {} if smoke else {tau: [_trained(tau, 0.0, 1500, s) for s in seeds] for tau in TAUS}
     steps = 100 if smoke else 400
     names = list(TRAINED)[:3] if smoke else list(TRAINED)
-    attacked = {name: [_attacked(TRAINED[name], steps, s) for s in seeds] for name in names}
+    attacked = {name: [_attacked(TRAINED[name], steps, s, WEIGHTS.get(name, 0.0)) for s in seeds] for name in names}
     plain, free, smooth = (attacked[name] for name in list(TRAINED)[:3])
     moved = max(
         (a - b).abs().max().item()
