@@ -40,7 +40,7 @@ def versions(found: dict[str, str]) -> str:
 
 
 def run_section(name: str, report: dict[str, Any]) -> str:
-    """One table: every method, its share of the experts' accuracy, and its accuracy on each task."""
+    """One table: every method, its share of the experts' scores, and its score on each task."""
     seeds = [str(seed) for seed in report["seeds"]]
     rows = []
     for method in sorted(report["methods"], key=lambda m: -statistics.fmean(m["mean"].values())):
@@ -55,8 +55,9 @@ def run_section(name: str, report: dict[str, Any]) -> str:
         for part in [
             f"## {report['title']}",
             note(name),
-            f"`{ran['command']}`, seeds {', '.join(seeds)}. Kept: test accuracy in percent of the task's own expert, "
-            "mean over tasks, ± standard deviation over seeds. Other columns: accuracy in percent, mean over seeds. "
+            f"`{ran['command']}`, seeds {', '.join(seeds)}. Kept: test {report['metric']} in percent of the task's own "
+            f"expert, mean over tasks, ± standard deviation over seeds. Other columns: {report['metric']} in percent, mean "
+            "over seeds. "
             "In bold: chosen on validation.",
             table(["method", "kept, %", "stored, MB", *report["tasks"]], rows),
             *compressed_part(report),
