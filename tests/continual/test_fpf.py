@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from toy_streams import by_class, net
 
-from allrounder.continual import ER, FPF, Batch, Finetune, change, learn, sensitive, trigger_steps
+from allrounder.continual import ER, FPF, Batch, Finetune, TaskInfo, change, learn, sensitive, trigger_steps
 from allrounder.errors import InputError
 
 
@@ -140,6 +141,69 @@ class TestChoosing:
         assert sensitive({"a": 0.0, "b": 1.0}) == ["b"]
         assert sensitive({"a": 2.0}) == ["a"]
         assert sensitive({"a": 0.0}) == []
+
+    def test_without_a_gap_none_stands_out(self):
+        alike = {"a": 1.0, "b": 1.3, "c": 2.0, "d": 3.9}
+        assert sensitive(alike) == []
+        assert sensitive(alike, gap=1.9) == ["d"]
+        assert sensitive({**alike, "d": 4.0}) == ["d"]
+
+    def adaptive(self, model, **options):
+        """A stream through AdamW, which moves all modules alike."""
+        inner = Finetune(model, 6, optimiser=lambda values: torch.optim.AdamW(values, 1e-2))
+        learner = FPF(inner, buffer=30, steps=3, **options)
+        for number, item in enumerate(by_class()):
+            told = TaskInfo(number, None, [])
+            learner.begin_task(told)
+            for rows in torch.arange(48).split(16):
+                learner.observe(Batch(*item.train[rows]))
+            learner.end_task(told)
+        return learner
+
+    def test_then_norms_and_the_last_layer_are_retrained_and_named(self):
+        norm = nn.LayerNorm(16)
+        model = nn.ModuleDict({"head": nn.Linear(16, 6), "first": nn.Linear(8, 16), "norm": norm})
+        model.forward = lambda x: model["head"](model["norm"](model["first"](x)).relu())
+        torch.manual_seed(0)
+        learner = self.adaptive(model)
+        changes = learner.module_changes
+        assert max(changes.values()) < 2 * sorted(changes.values())[-2]  # no gap
+        with pytest.warns(UserWarning, match=r"no module stands out.*the norms and the last layer, head, norm; name"):
+            assert learner.finetune() == ["head", "norm"]
+        for rule in (lambda found: [], lambda found: ["first"]):  # a rule of one's own has the last word
+            learner.choose = rule
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert learner.finetune() == rule(changes)
+
+    def test_the_last_layer_is_the_last_that_was_trained(self):
+        model = net()
+        for parameter in model[2].parameters():
+            parameter.requires_grad_(False)
+        deep = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), model)
+        learner = self.adaptive(deep)
+        with pytest.warns(UserWarning, match="last layer, 2.0; name"):
+            assert learner.finetune() == ["2.0"]
+
+    def test_a_module_that_stands_out_is_taken_without_those_below_it(self):
+        class Shifted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.shift = net(), nn.Parameter(torch.zeros(6))
+
+            def forward(self, x):
+                return self.inner(x) + self.shift
+
+        learner = FPF(Finetune(Shifted(), 6), choose=lambda changes: [""], buffer=30, steps=3)
+        learn(learner, by_class(), batch_size=16)
+        before = state(learner)
+        assert learner.finetune() == [""]
+        moved = {name for name, value in state(learner).items() if not torch.equal(value, before[name])}
+        assert moved == {"shift"}
+        assert learner.finetune([""]) == ["", "inner.0", "inner.2"]  # by name: with all below
+        learner.choose = lambda changes: ["inner"]
+        with pytest.raises(InputError, match=r"choose gave 'inner'; modules with parameters are , inner\.0, inner\.2"):
+            learner.finetune()
 
     def test_running_statistics_count_for_a_norm(self):
         learner = FPF(Finetune(net(norm=True), 6), buffer=30, steps=2)

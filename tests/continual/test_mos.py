@@ -383,6 +383,11 @@ def test_retrieval_in_batches_is_the_loop_over_examples(mos, inputs, seed, round
             torch.testing.assert_close(made.predict(inputs)[row], answer, atol=1e-5, rtol=1e-4)
 
 
+def test_retrieval_needs_a_round(mos, inputs):
+    with pytest.raises(InputError, match="rounds is at least 1, got 0"):
+        mos.retrieve(inputs, 0)
+
+
 def test_retrieval_ends_at_a_fixed_point_or_after_the_fourth_round(mos, inputs):
     for seed in range(6):
         made = restless(mos, seed)

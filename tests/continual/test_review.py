@@ -77,6 +77,19 @@ def test_padding_tokens_changes_no_answer():
     assert torch.allclose(model(padded), model(own), atol=1e-6)
 
 
+def test_states_of_tokens_are_padded_with_their_mask():
+    def task(name, length):
+        mask = torch.ones(6, length, dtype=torch.long)
+        part = Tokens({"states": torch.randn(6, length, 3), "attention_mask": mask}, torch.arange(6) % 2)
+        return Task(name, part, part, part, outputs=2)
+
+    stream = in_sequence(Suite([task("short", 4), task("long", 7)], name="states"))
+    inputs = stream[0].train.inputs
+    assert inputs["states"].shape == (6, 7, 3)
+    assert inputs["attention_mask"].shape == (6, 7)
+    assert not inputs["states"][:, 4:].any()
+
+
 class TestAStateOfAnotherRunIsRefused:
     def refused(self, tmp_path, first, second, stream=None, other=None):
         stream = by_class() if stream is None else stream

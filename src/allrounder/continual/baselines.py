@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..nets.calling import at
 from .buffer import Buffer
-from .learner import Batch, GradientLearner, TaskInfo, size_of
+from .learner import Batch, GradientLearner, TaskInfo, portions, size_of
 
 __all__ = ["AGEM", "ER", "DERpp", "Finetune", "GDumb", "Joint"]
 
@@ -63,7 +63,7 @@ class Retrained(GradientLearner):
         self.model.train()
         count = len(stored["targets"])
         for _ in range(self.epochs):
-            for rows in torch.randperm(count, generator=self.generator).split(self.batch_size):
+            for rows in portions(torch.randperm(count, generator=self.generator), self.batch_size, self.model):
                 self.optimiser.zero_grad()
                 targets = stored["targets"][rows]
                 loss = self.criterion(self.forward(at(stored["inputs"], rows), targets), targets)

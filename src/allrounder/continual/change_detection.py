@@ -162,7 +162,7 @@ class AtChanges(Learner):
         alarms: numbers of the batches (from 0) before which a new task was begun.
 
     Raises:
-        InputError: an inner learner that needs more than boundaries, or has been trained.
+        InputError: an inner learner that needs more than boundaries, or a `LossJump` without grace.
     """
 
     kept: ClassVar[tuple[str, ...]] = (*Learner.kept, "inner", "detector", "memory", "alarms", "batches")
@@ -171,6 +171,11 @@ class AtChanges(Learner):
         super().__init__(inner.outputs)
         if more := sorted(inner.needs - {"boundaries"}):
             raise InputError(f"{type(inner).__name__} needs {', '.join(more)}, which a detector cannot find out")
+        if isinstance(detector, LossJump) and not detector.grace:
+            raise InputError(
+                "a detector without grace would refuse the first loss after a change, which is above that of guessing: "
+                "give LossJump(grace=...) of 1 or more"
+            )
         self.inner, self.detector, self.size = inner, detector, memory
         self.labels = inner.labels  # type: ignore[misc]
         self.answers_early = inner.answers_early
@@ -181,6 +186,11 @@ class AtChanges(Learner):
     @property
     def device(self) -> torch.device:
         return self.inner.device
+
+    @property
+    def least_batch(self) -> int:
+        """As the inner learner's."""
+        return self.inner.least_batch
 
     def identity(self) -> dict[str, Any]:
         watch = self.detector.settings() if isinstance(self.detector, LossJump) else {}

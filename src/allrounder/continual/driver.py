@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from ..state import load_state, save_state
@@ -93,33 +94,50 @@ def _device(learner: Learner) -> torch.device | str:
 
 
 @torch.no_grad()
-def _scores(learner: Learner, experience: Experience, stream: Stream, split: str, size: int) -> tuple[float, int]:
-    """Score of one split and the number of examples."""
-    examples: Examples = getattr(experience, split)
-    task = experience.task if "task_id_predict" in stream.offers else None
-    outputs = [
-        learner.predict(to_device(inputs, _device(learner)), task).float().cpu()
-        for inputs, _ in Batches(examples, size)
-    ]
-    logits = torch.cat(outputs)
-    if logits.shape != (len(examples), stream.outputs):
-        raise InputError(f"predict gave {tuple(logits.shape)}; expected ({len(examples)}, {stream.outputs})")
+def _answers(learner: Learner, examples: Examples, task: int | None, outputs: int, size: int) -> Tensor:
+    """Logits `(N, outputs)` on the CPU, in order."""
+    device = _device(learner)
+    found = torch.cat(
+        [learner.predict(to_device(inputs, device), task).float().cpu() for inputs, _ in Batches(examples, size)]
+    )
+    if found.shape != (len(examples), outputs):
+        raise InputError(f"predict gave {tuple(found.shape)}; expected ({len(examples)}, {outputs})")
+    if found.isnan().any():
+        raise InputError("predict gave NaN: look for NaN in the inputs, or lower the learning rate")
+    return found
+
+
+def _score(logits: Tensor, experience: Experience, stream: Stream, targets: Tensor) -> float:
+    """Accuracy of a task, or the mean average precision of its classes."""
+    classes = list(experience.classes)
     if stream.multi_label:
-        classes = list(experience.classes)
-        logits = logits.nan_to_num(neginf=torch.finfo(logits.dtype).min)
-        return average_precision(logits[:, classes], examples.targets[:, classes]), len(examples)
-    if task is not None:
+        logits = logits.clamp(min=torch.finfo(logits.dtype).min)
+        return average_precision(logits[:, classes], targets[:, classes])
+    if "task_id_predict" in stream.offers:
         outside = torch.ones(stream.outputs, dtype=torch.bool)
-        outside[list(experience.classes)] = False
+        outside[classes] = False
         logits = logits.masked_fill(outside, float("-inf"))
-    right = (logits.argmax(1) == examples.targets) & logits.isfinite().any(1)
-    return right.double().mean().item(), len(examples)
+    right = (logits.argmax(1) == targets) & logits.isfinite().any(1)
+    return right.double().mean().item()
+
+
+def _scores(learner: Learner, stream: Stream, split: str, size: int) -> list[tuple[float, int]]:
+    """Score of each task's split and the number of examples; a split that tasks share is answered once for all."""
+    found, before, logits = [], None, torch.empty(0)
+    for experience in stream.tasks:
+        examples: Examples = getattr(experience, split)
+        task = experience.task if "task_id_predict" in stream.offers else None
+        if before != (id(examples), task):
+            logits, before = _answers(learner, examples, task, stream.outputs, size), (id(examples), task)
+        found.append((_score(logits, experience, stream, examples.targets), len(examples)))
+    return found
 
 
 def evaluate(learner: Learner, stream: Stream, *, split: str = "test", batch_size: int = 256) -> dict[str, float]:
     """Score of every task of the stream: accuracy, or mean average precision where targets are multi-label."""
     with torch.random.fork_rng():
-        return {task.name: _scores(learner, task, stream, split, batch_size)[0] for task in stream.tasks}
+        scores = _scores(learner, stream, split, batch_size)
+    return {task.name: score for task, (score, _) in zip(stream.tasks, scores, strict=True)}
 
 
 @dataclass
@@ -249,7 +267,7 @@ def _note(record: Record, learner: Learner, stream: Stream, row: int, split: str
     record.gradients = learner.gradients
     if not learner.answers_early and row < len(stream) - 1:
         return
-    found = [_scores(learner, task, stream, split, 256) for task in stream.tasks]
+    found = _scores(learner, stream, split, 256)
     record.matrix.append([score for score, _ in found])
     known = [pair for pair, first in zip(found, record.first, strict=True) if first <= row]
     record.incremental.append(sum(score * count for score, count in known) / sum(count for _, count in known))

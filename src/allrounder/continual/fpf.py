@@ -9,6 +9,10 @@ that change most between tasks, and those are trained on stored examples:
 with z the logits when x was stored (lambda = 0: FPF-CE, otherwise FPF-KD). In the phases between, the learner is left
 as it is; with plain finetuning inside there is no replay at all, and a step costs half of what replay costs.
 
+The modules are those above the largest gap in C (`sensitive`), where there is a gap. Adaptive optimisers move every
+parameter alike, and then C tells nothing: the norms and the last layer that was trained are retrained, which is what
+the paper found to forget, and a warning says so and names them.
+
 Use it where old examples may be stored but not replayed all the time. On easy data retraining all parameters on the
 same buffer keeps even more: compare with `modules=[""]` (all) and with `GDumb`. More than one time (k > 1) buys
 accuracy during the stream, not at its end.
@@ -21,8 +25,8 @@ Modules that are not retrained stay bit for bit what they are, running statistic
 Batch norms that are retrained update theirs on the buffer.
 
 Paper: Zhao, Zhou, Long, Jiang and Zhang, "Does Continual Learning Equally Forget All Parameters?", ICML 2023, arXiv
-2304.04158. The rule that chooses modules is given there for its own networks; here it is a function that can be
-replaced, by default the modules above the largest gap (`sensitive`).
+2304.04158. The score by which it chooses modules is not known here in detail; the rule is a function that can be
+replaced, and gap and fall-back are ours.
 """
 
 from __future__ import annotations
@@ -38,11 +42,14 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..nets.calling import at, evaluating
-from ..nets.taps import tapped
+from ..nets.taps import tapped, watching
 from .buffer import Buffer
 from .learner import Batch, GradientLearner, Learner, TaskInfo, size_of
 
 __all__ = ["FPF", "change", "sensitive", "trigger_steps"]
+
+GAP = 2.0  # times: what counts as a gap between changes
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def _parts(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -54,6 +61,11 @@ def _parts(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         if own:
             found[name] = own
     return found
+
+
+def _below(name: str, top: str) -> bool:
+    """Whether a module is another one or within it."""
+    return top in ("", name) or name.startswith(f"{top}.")
 
 
 def change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
@@ -69,18 +81,32 @@ def change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[st
     }
 
 
-def sensitive(changes: Mapping[str, float]) -> list[str]:
+def _gaps(changes: Mapping[str, float]) -> tuple[list[str], list[float]]:
+    """Modules that change, least first, and the factors from each to the next."""
+    moved = sorted((name for name, value in changes.items() if value > 0), key=lambda name: changes[name])
+    return moved, [changes[after] / changes[before] for before, after in pairwise(moved)]
+
+
+def sensitive(changes: Mapping[str, float], *, gap: float = GAP) -> list[str]:
     """The modules above the largest gap: where the changes, in order, rise by the largest factor.
 
-    A module that does not change at all is never among them.
+    Args:
+        changes: of each module, per number.
+        gap: least factor that tells modules apart; above 1.
+
+    Returns:
+        Names in the order given; none where no factor is as large. A module that does not change is never among them.
 
     >>> sensitive({"conv": 0.003, "norm": 0.02, "layer": 0.004, "head": 0.03})
     ['norm', 'head']
+    >>> sensitive({"conv": 0.003, "layer": 0.004, "head": 0.006})
+    []
     """
-    moved = sorted((name for name, value in changes.items() if value > 0), key=lambda name: changes[name])
+    moved, factors = _gaps(changes)
     if len(moved) < 2:
         return moved
-    factors = [changes[after] / changes[before] for before, after in pairwise(moved)]
+    if max(factors) < gap:
+        return []
     above = set(moved[factors.index(max(factors)) + 1 :])
     return [name for name in changes if name in above]
 
@@ -103,7 +129,8 @@ class FPF(Learner):
         learner: trains on the stream; its `model` is retrained. A learner with a replay buffer lends it.
         modules: names of what is retrained, as in `named_modules()`, with all below them (`""` is everything). Default:
             chosen by the change between tasks, which needs boundaries.
-        choose: changes of modules -> names, where `modules` are not given. Default: `sensitive`.
+        choose: changes of modules -> names of modules, each taken without those below it, where `modules` are not
+            given. Default: `sensitive`, and where that finds no gap the norms and the last layer.
         buffer: examples stored, where the learner has no buffer of its own.
         times: k, how often; the last time is at the end of the stream.
         total: steps of the whole stream, needed for `times` > 1.
@@ -117,7 +144,7 @@ class FPF(Learner):
         InputError: names that no module has, more times than steps, settings out of range.
 
     Warns:
-        When classes that were met are missing in the buffer at the time of retraining.
+        When classes that were met are missing in the buffer at the time of retraining, and when no module stood out.
     """
 
     kept: ClassVar[tuple[str, ...]] = (
@@ -231,10 +258,34 @@ class FPF(Learner):
         """The modules with tensors that these names stand for."""
         parts, found = _parts(self.model), []
         for name in names:
-            below = [part for part in parts if name in ("", part) or part.startswith(f"{name}.")]
+            below = [part for part in parts if _below(part, name)]
             if not below:
                 raise InputError(f"no module matches {name!r}; modules are {', '.join(parts)}")
             found += [part for part in below if part not in found]
+        return found
+
+    def _chosen(self) -> list[str]:
+        """The modules that the changes so far stand for."""
+        changes = self.module_changes
+        found = list(self.choose(changes))
+        if odd := [name for name in found if name not in changes]:
+            raise InputError(f"choose gave {odd[0]!r}; modules with parameters are {', '.join(changes)}")
+        moved, factors = _gaps(changes)
+        if found or self.choose is not sensitive or not moved or not len(self.buffer):
+            return found
+        ended: list[str] = []
+        some = at(self.buffer.all()["inputs"], slice(0, 2))
+        with torch.no_grad(), evaluating(self.model), watching(self.model, moved, lambda name, *_: ended.append(name)):
+            self.model(some)
+        layers = [name for name in ended if not any(_below(other, name) for other in moved if other != name)]
+        norms = [name for name in moved if isinstance(self.model.get_submodule(name), NORMS)]
+        usual = {*norms, *(layers[-1:] or moved[-1:])}
+        found = [name for name in changes if name in usual]
+        warnings.warn(
+            f"no module stands out by its change between tasks (the largest step is {max(factors):.2g}, a gap {GAP:g} "
+            f"times): FPF retrains the norms and the last layer, {', '.join(found)}; name others with modules=",
+            stacklevel=3,
+        )
         return found
 
     def finetune(self, modules: Sequence[str] | None = None) -> list[str]:
@@ -248,12 +299,10 @@ class FPF(Learner):
             The modules that were retrained.
         """
         names = modules if modules is not None else self.modules
-        if names is None:
-            if not self.changes:
-                warnings.warn("FPF has seen no change between tasks yet: nothing is retrained", stacklevel=2)
-                return []
-            names = self.choose(self.module_changes)
-        chosen = self._selected(names)
+        if names is None and not self.changes:
+            warnings.warn("FPF has seen no change between tasks yet: nothing is retrained", stacklevel=2)
+            return []
+        chosen = self._chosen() if names is None else self._selected(names)
         if not chosen:
             return []
         present = self.buffer.all()["targets"].unique().tolist() if len(self.buffer) else []

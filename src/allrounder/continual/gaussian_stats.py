@@ -58,7 +58,8 @@ class GaussianStats:
             features: `(n, d)`, n >= 2. Sums are taken in float64, what is kept has the features' dtype and device.
 
         Raises:
-            InputError: fewer than 2 examples, features that are not finite or of another size than before.
+            InputError: fewer than 2 examples, features that are not finite, of another size than before, or so large
+                that the ridge is lost in rounding.
         """
         if features.ndim != 2 or len(features) < 2:
             raise InputError(
@@ -76,7 +77,14 @@ class GaussianStats:
             factor = (wide.var(0) + self.ridge).sqrt()
         else:
             covariance = (wide - mean).T @ (wide - mean) / (len(wide) - 1)
-            factor = torch.linalg.cholesky(covariance + self.ridge * torch.eye(len(mean)).to(covariance))
+            try:
+                factor = torch.linalg.cholesky(covariance + self.ridge * torch.eye(len(mean)).to(covariance))
+            except torch.linalg.LinAlgError as error:
+                raise InputError(
+                    f"the covariance of class {label} is singular to rounding: its variances go up to "
+                    f"{covariance.diagonal().max().item():.1e}, next to which ridge={self.ridge:g} is lost; scale the "
+                    "features down or enlarge ridge"
+                ) from error
         self.means[label], self.factors[label] = mean.to(features), factor.to(features)
 
     def sample(self, classes: Sequence[int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -113,4 +121,11 @@ class GaussianStats:
         return {"means": dict(self.means), "factors": dict(self.factors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            InputError: variances where this keeps covariances, or the other way round.
+        """
+        if any((factor.ndim == 1) != self.diagonal for factor in state["factors"].values()):
+            raise InputError(f"the saved classes were described with diagonal={not self.diagonal}; make this one alike")
         self.means, self.factors = dict(state["means"]), dict(state["factors"])

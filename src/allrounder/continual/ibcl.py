@@ -171,8 +171,7 @@ class IBCL(Learner):
         fit = self.current
         if fit is None:
             raise InputError("IBCL learns within a task: call begin_task first")
-        if not len(batch):
-            raise InputError("a batch needs at least one example")
+        self.enough(batch)
         self.note_classes(batch.targets)
         fit.optimiser.zero_grad()
         noise = torch.randn(fit.mean.shape, generator=self.generator, dtype=fit.mean.dtype).to(fit.mean.device)

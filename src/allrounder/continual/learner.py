@@ -23,7 +23,7 @@ from ..nets.calling import evaluating
 from .buffer import Buffer
 from .stream import Stream
 
-__all__ = ["Batch", "GradientLearner", "Learner", "TaskInfo", "check", "size_of"]
+__all__ = ["Batch", "GradientLearner", "Learner", "TaskInfo", "check", "least_batch", "portions", "size_of"]
 
 REASONS = {
     "boundaries": "consolidates at boundaries; this stream has none: use TAME's detector, or call end_task yourself",
@@ -81,6 +81,28 @@ def size_of(value: Any) -> int:
     return sum(size_of(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
+def least_batch(model: nn.Module) -> int:
+    """Examples that a batch must have in training: 2 for a model with batch norms, otherwise 1."""
+    return 2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()) else 1
+
+
+def portions(order: Tensor, size: int, model: nn.Module) -> list[Tensor]:
+    """Stored examples in batches of `size`; a last one too small for the model's batch norms joins the one before it.
+
+    Raises:
+        InputError: fewer examples in all than the model can train on.
+    """
+    least, parts = least_batch(model), list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) < least:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    if min(map(len, parts)) < least:
+        raise InputError(
+            f"the model has batch norms, which need {least} examples a batch, got {len(order)} in batches of {size}; "
+            "store more examples or give larger batches"
+        )
+    return parts
+
+
 class Learner(ABC):
     """What every continual method is.
 
@@ -130,6 +152,17 @@ class Learner(ABC):
     def least_batch(self) -> int:
         """Examples that a batch must have."""
         return 1
+
+    def enough(self, batch: Batch) -> None:
+        """Whether a batch can be trained on.
+
+        Raises:
+            InputError: no example, or one where there are batch norms.
+        """
+        if not len(batch):
+            raise InputError("a batch needs at least one example")
+        if len(batch) < self.least_batch:
+            raise InputError("the model has batch norms, which need two examples a batch, got 1; give larger batches")
 
     def identity(self) -> dict[str, Any]:
         """Class and settings, to tell one learner's checkpoint from another's; taken before training."""
@@ -270,7 +303,7 @@ class GradientLearner(Learner):
     @property
     def least_batch(self) -> int:
         """2 for a model with batch norms."""
-        return 2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.model.modules()) else 1
+        return least_batch(self.model)
 
     def identity(self) -> dict[str, Any]:
         settings = {key: value for key, value in self.optimiser.defaults.items() if not isinstance(value, Tensor)}
@@ -305,8 +338,7 @@ class GradientLearner(Learner):
     def observe(self, batch: Batch) -> dict[str, float]:
         self.note_classes(batch.targets)
         self.model.train()
-        if len(batch) < self.least_batch:
-            raise InputError("the model has batch norms, which need two examples a batch, got 1; give larger batches")
+        self.enough(batch)
         self.optimiser.zero_grad()
         loss = self.loss(batch)
         if not torch.isfinite(loss):

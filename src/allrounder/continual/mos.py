@@ -18,8 +18,9 @@ at `SimpleCIL` first (no training), and at what each part gives: on small data t
 
 Cost: training, one forward and backward pass of an example through a frozen model. Inference: one pass for all and one
 for each (example, adapter) pair that is looked at and was not yet; about 2 passes an example, where computing every
-adapter's features takes tasks + 1. Storage: an adapter a task (ViT-B: 1.2 MB) and d^2 numbers a class (d = 768: 2.4 MB;
-`diagonal`: 6 kB). One Cholesky factor for each class, when it is learned.
+adapter's features takes tasks + 1. Fewer there cannot be, as each of these answers decides something; they share the
+first of L blocks, without its adapter, which is computed anew. Storage: an adapter a task (ViT-B: 1.2 MB) and d^2
+numbers a class (d = 768: 2.4 MB; `diagonal`: 6 kB). One Cholesky factor for each class, when it is learned.
 
 Paper: Sun et al., "MOS: Model Surgery for Pre-Trained Model-Based Class-Incremental Learning", AAAI 2025, arXiv
 2412.09441. R and the alignment are in its code only (both from SLCA, Zhang et al., ICCV 2023, arXiv 2303.05118).
@@ -327,6 +328,8 @@ class MOS(Learner):
 
         Nothing is computed twice: a pair of example and adapter that was looked at is remembered.
         """
+        if rounds < 1:
+            raise InputError(f"rounds is at least 1, got {rounds}: the head answers once with the adapter of the means")
         start = self.features(inputs, 0)
         cosines = self._known(F.normalize(start, dim=1) @ F.normalize(self.prototypes, dim=1).T)
         task_of = self.task_of.to(start.device)

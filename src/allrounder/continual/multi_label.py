@@ -68,6 +68,8 @@ def split_by_label(
             raise InputError(f"an experience needs at least one label, got groups={groups}")
         order = torch.arange(task.outputs) if seed is None else torch.randperm(task.outputs, generator=generator)
         groups = [part.tolist() for part in order.split(groups)]
+    if not groups:
+        raise InputError("groups is empty: give how many labels each experience has, or the groups")
     flat = [number for group in groups for number in group]
     if len(set(flat)) != len(flat):
         doubled = next(number for number in flat if flat.count(number) > 1)

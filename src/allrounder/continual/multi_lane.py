@@ -172,8 +172,7 @@ class MultiLane(Learner):
         return F.cross_entropy(lane.scores(self.backbone, batch.inputs), rows.int().argmax(1))
 
     def observe(self, batch: Batch) -> dict[str, float]:
-        if not len(batch):
-            raise InputError("a batch needs at least one example")
+        self.enough(batch)
         with torch.enable_grad():
             loss = self.loss(batch)
             if not torch.isfinite(loss):
@@ -200,8 +199,10 @@ class MultiLane(Learner):
     def predict(self, inputs: Any, task: int | None = None) -> Tensor:
         if not self.seen.any():
             raise InputError("the learner has seen no class yet: train it before asking for predictions")
-        self._stack = self._stack or LaneStack(self.backbone, self.lanes)
-        stack = self._stack if task not in self.tasks else LaneStack(self.backbone, [self.lanes[self.tasks[task]]])
+        if task in self.tasks:
+            stack = LaneStack(self.backbone, [self.lanes[self.tasks[task]]])
+        else:
+            stack = self._stack = self._stack or LaneStack(self.backbone, self.lanes)
         scores = stack.scores(inputs)
         logits = scores.new_full((len(scores), self.outputs), float("-inf"))
         if task is None or task in self.tasks:

@@ -121,10 +121,13 @@ def power_law(
         are all that is offered: a phase holds several tasks. All phases but the first have `new + rehearsed` examples.
 
     Raises:
-        InputError: a stream in which tasks come back already, or counts out of range.
+        InputError: a stream in which tasks come back already, multi-label tasks with labels of their own (a phase is
+            scored on the labels that occur in it, so on those of other tasks too), or counts out of range.
     """
     if len(stream.tasks) != len(stream):
         raise InputError("power_law makes tasks come back; give a stream in which each comes once")
+    if stream.multi_label and len({task.classes for task in stream.tasks}) > 1:
+        raise InputError("power_law needs multi-label tasks to share their labels; these have labels of their own")
     if new < 1 or rehearsed < 0:
         raise InputError(f"new is at least 1 and rehearsed at least 0, got {new} and {rehearsed}")
     if clock not in ("introduced", "last_seen") or order not in ("interleaved", "blocked"):

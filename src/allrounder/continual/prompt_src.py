@@ -40,7 +40,7 @@ from ..nets.averaging import Averager
 from ..nets.calling import evaluating
 from ..state import load_state, save_state
 from ..task import to_device
-from .two_tower import TEMPLATES, TwoTower, class_names, teacher_features, unit
+from .two_tower import TEMPLATES, TwoTower, class_names, cosines, teacher_features, unit
 
 __all__ = ["VARIANTS", "PromptSRC", "gaussian_weights", "load_prompts", "prompt_src_loss", "save_prompts"]
 
@@ -100,7 +100,7 @@ def prompt_src_loss(
 
     Args:
         image: `(B, d)`, features of the prompted model, of length 1.
-        text: `(C, d)`, the same for the classes.
+        text: `(C, d)`, the same for the classes; `(B, C, d)` where they depend on the image.
         targets: `(B,)`, 0 to C - 1.
         teacher_image: `(B, d)`, of the frozen model for the same images. `None` will do when `image_weight` and
             `logit_weight` are 0.
@@ -116,12 +116,12 @@ def prompt_src_loss(
         InputError: when the teacher's features have another shape than the prompted ones.
     """
     for name, own, taught in (("text", text, teacher_text), ("image", image, teacher_image)):
-        if taught is not None and own.shape != taught.shape:
+        if taught is not None and own.shape[-2:] != taught.shape:
             raise InputError(
                 f"the {name} features are {tuple(own.shape)}, the teacher's {tuple(taught.shape)}; they must be "
                 "those of the same examples or classes"
             )
-    logits = scale * image @ text.T  # (B, C)
+    logits = cosines(scale * image, text)  # (B, C)
     zero = logits.new_zeros(())
     terms = {"ce": F.cross_entropy(logits, targets), "text": zero, "image": zero, "logits": zero}
     if text_weight:
@@ -273,7 +273,8 @@ class PromptSRC:
             with torch.no_grad():
                 teacher_image = batch[2] if len(batch) == 3 else self.tower.encode_image(inputs, prompted=False)
                 teacher_image = unit(teacher_image)
-        image, text = unit(self.tower.encode_image(inputs)), unit(self.tower.encode_text(self.classes))
+        image = unit(self.tower.encode_image(inputs))
+        text = unit(self.tower.text_for(self.classes, image))
         terms = prompt_src_loss(
             image, text, targets, teacher_image, self.teacher, scale=self.tower.scale, **self.weights
         )

@@ -5,14 +5,18 @@ a"; in the layers 2..J other tokens take their places. Image: tokens after CLS a
 and again other ones in the layers 2..J. Both towers keep their weights, code and pooling.
 
 With `vision_tokens=0, depth=1` and the settings of IVLP it is CoOp (text context only); with `coupled=True`, MaPLe
-(image tokens are linear maps of the text's). Texts are cut to the longest one: exact, as attention is causal and the
-end of text is read at its own place, and several times cheaper than the usual 77 tokens.
+(image tokens are linear maps of the text's); with `vision_tokens=0, depth=1, conditional=True`, CoCoOp (a small network
+of the image's features makes a token that is added to each context token: other texts for every image). Texts are cut
+to the longest one: exact, as attention is causal and the end of text is read at its own place, and several times
+cheaper than the usual 77 tokens.
 
 Cost: `(context d_text + vision_tokens d_image) J` trained numbers, 46,080 for ViT-B/16 with 4 + 4 tokens and J = 9.
+CoCoOp: `context d_text + (d + 1) h + (h + 1) d_text` with h = d / 16, 35,360; its text tower runs on C texts for each
+image, in training and at test, where the others' runs on C texts a step (a list of classes).
 
 Papers: Khattak et al., "Self-regulating Prompts", ICCV 2023, arXiv 2307.06948; "MaPLe: Multi-modal Prompt Learning",
 CVPR 2023, arXiv 2210.03117; Zhou et al., "Learning to Prompt for Vision-Language Models" (CoOp), IJCV 2022,
-arXiv 2109.01134.
+arXiv 2109.01134, and "Conditional Prompt Learning for Vision-Language Models" (CoCoOp), CVPR 2022, arXiv 2203.05557.
 """
 
 from __future__ import annotations
@@ -26,10 +30,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nets.multitask import mlp
-from ..nets.prompts import deep_prompts, encoder_layers, insert_prompts
+from ..nets.prompts import deep_prompts, encoder_layers, insert_prompts, meta_net
 from .two_tower import TwoTower
 
 __all__ = ["PromptedCLIP"]
+
+TEXTS = 256  # in one pass of the text tower, where every image has its own
 
 
 class PromptedCLIP(TwoTower):
@@ -44,6 +50,7 @@ class PromptedCLIP(TwoTower):
         phrase: words whose embeddings the context of the first layer begins as, at its end if it is longer. Empty: all
             begin as N(0, 0.02^2), as the deeper ones do.
         coupled: image tokens are linear maps of the text tokens (MaPLe) instead of independent ones.
+        conditional: the context depends on the image (CoCoOp); takes `vision_tokens=0` and `depth=1`.
         seed: of the random beginnings.
 
     Raises:
@@ -60,6 +67,7 @@ class PromptedCLIP(TwoTower):
         depth: int = 9,
         phrase: str = "a photo of a",
         coupled: bool = False,
+        conditional: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -69,12 +77,18 @@ class PromptedCLIP(TwoTower):
             raise InputError(f"context is at least 1 and vision_tokens at least 0, got {context} and {vision_tokens}")
         if coupled and vision_tokens != context:
             raise InputError(f"coupled image tokens are as many as the context, got {vision_tokens} and {context}")
+        if conditional and (vision_tokens or depth != 1):
+            raise InputError(
+                f"a conditional context is that of the first layer, without image tokens: give vision_tokens=0 and "
+                f"depth=1, got {vision_tokens} and {depth}"
+            )
         towers = {"text": model.text_model, "image": model.vision_model}
         for name, tower in towers.items():
             layers = len(encoder_layers(tower)) if name == "text" or vision_tokens else depth
             if not 1 <= depth <= layers:
                 raise InputError(f"depth is 1 to the {layers} layers of the {name} tower, got {depth}")
         self.model, self.tokenizer, self.context, self.coupled = model, tokenizer, context, coupled
+        self.conditional = conditional
         widths = {name: tower.config.hidden_size for name, tower in towers.items()}
         self.scale = model.logit_scale.detach().exp().item()
         self.image_size = model.vision_model.config.image_size
@@ -87,6 +101,8 @@ class PromptedCLIP(TwoTower):
             prompts["coupling"] = nn.ModuleList(mlp(shape, seed=seed + 1 + layer) for layer in range(depth))
         elif vision_tokens:
             prompts["image"] = deep_prompts(vision_tokens, widths["image"], depth, seed=seed + 1)
+        if conditional:
+            prompts["meta"] = meta_net(model.config.projection_dim, widths["text"], seed=seed + 1)
         self.prompts = nn.ModuleDict(prompts).to(model.logit_scale.device)
         self._known: dict[tuple[str, ...], Tensor] = {}
 
@@ -130,6 +146,22 @@ class PromptedCLIP(TwoTower):
                 texts = [f"{name}." for name in texts]
             ids = self._tokens(texts, self.context if prompted else 0)
             return self.model.text_projection(text_model(input_ids=ids).pooler_output)
+
+    def text_for(self, texts: Sequence[Any], images: Tensor) -> Tensor:
+        """`(C, d)`; with a conditional context `(B, C, d)`, and then `encode_text` is what is left without images."""
+        if not self.conditional:
+            return self.encode_text(texts)
+        text_model, prompts = self.model.text_model, self.prompts
+        ids = self._tokens([f"{name}." for name in texts], self.context)  # (C, T)
+        first: Tensor = prompts["text"][0]  # type: ignore[index]
+        shifts = prompts["meta"](images.to(first.dtype))  # type: ignore[index, operator]
+        entry, found = text_model.embeddings.token_embedding, []
+        for part in shifts.split(max(1, TEXTS // len(ids))):
+            tokens = (first + part.unsqueeze(1)).repeat_interleave(len(ids), 0)  # (b C, context, d_text)
+            with insert_prompts(text_model, [tokens], at=1, replace=True, entry=entry):
+                pooled = text_model(input_ids=ids.repeat(len(part), 1)).pooler_output
+            found.append(self.model.text_projection(pooled).unflatten(0, (len(part), len(ids))))
+        return torch.cat(found)
 
     def encode_image(self, inputs: Any, *, prompted: bool = True) -> Tensor:
         if inputs.ndim != 4 or inputs.shape[-2:] != (self.image_size, self.image_size):

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..nets.calling import at
 from ..task import to_device
+from .learner import portions
 
 __all__ = ["Network", "pack", "prune_globally", "train_on", "unpack"]
 
@@ -82,7 +83,7 @@ def train_on(
     optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
     model.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(targets), generator=generator).split(batch_size):
+        for rows in portions(torch.randperm(len(targets), generator=generator), batch_size, model):
             optimiser.zero_grad()
             loss = F.cross_entropy(model(at(inputs, rows)), targets[rows])
             if not torch.isfinite(loss):

@@ -121,7 +121,10 @@ class Stream(Sequence[Experience]):
 
 
 def _aligned(experiences: tuple[Experience, ...]) -> tuple[Experience, ...]:
-    """The same, with columns of tokens padded to one length, so that examples of different tasks fit into one batch."""
+    """The same, with columns `(N, T, ...)` padded to one T, so that examples of different tasks fit into one batch.
+
+    A split that several experiences share is padded once and stays shared; one that is long enough stays what it is.
+    """
     splits = ("train", "validation", "test")
     parts = [getattr(item, split) for item in experiences for split in splits]
     if not parts or not isinstance(parts[0].inputs, Mapping):
@@ -129,15 +132,24 @@ def _aligned(experiences: tuple[Experience, ...]) -> tuple[Experience, ...]:
     longest = {
         key: max(part.inputs[key].shape[1] for part in parts)
         for key, column in parts[0].inputs.items()
-        if column.ndim == 2
+        if column.ndim >= 2
     }
 
+    made: dict[int, Examples] = {}
+
     def padded(part: Examples) -> Examples:
-        inputs = {
-            key: F.pad(column, (0, longest[key] - column.shape[1])) if key in longest else column
-            for key, column in part.inputs.items()  # type: ignore[union-attr]
-        }
-        return Examples(inputs, part.targets)
+        columns: dict[str, Tensor] = part.inputs  # type: ignore[assignment]
+        if all(columns[key].shape[1] == length for key, length in longest.items()):
+            return part
+        if id(part) not in made:
+            inputs = {
+                key: F.pad(column, (0, 0) * (column.ndim - 2) + (0, longest[key] - column.shape[1]))
+                if key in longest
+                else column
+                for key, column in columns.items()
+            }
+            made[id(part)] = Examples(inputs, part.targets)
+        return made[id(part)]
 
     return tuple(replace(item, **{split: padded(getattr(item, split)) for split in splits}) for item in experiences)
 

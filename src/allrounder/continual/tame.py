@@ -42,7 +42,7 @@ from ..nets.calling import at, evaluating
 from ..task import Batches, to_device
 from .buffer import Buffer
 from .change_detection import LossJump
-from .learner import Batch, Learner, size_of
+from .learner import Batch, Learner, least_batch, size_of
 from .sparse_weights import Network, prune_globally, train_on, unpack
 from .stream import Stream
 
@@ -142,16 +142,20 @@ class TAME(Learner):
         self.buffer = Buffer(buffer, policy="balanced", seed=seed)
         self.recent = Buffer(pruning_buffer, seed=seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.batches = self.active = 0
+        self.batches = self.active = self.selector_knows = 0
         self.events: list[Switch] = []
         self.experts: list[_Expert] = []
         self.selector: Network | None = None
-        self.selector_knows = 0
         self.experts.append(self._new(0))
 
     @property
     def device(self) -> torch.device:
         return self.experts[0].device
+
+    @property
+    def least_batch(self) -> int:
+        """2 for experts with batch norms."""
+        return least_batch(self.network(self.active))
 
     def identity(self) -> dict[str, Any]:
         shapes = {name: list(tensor.shape) for name, tensor in unpack(self.experts[0].content).items()}
@@ -178,8 +182,7 @@ class TAME(Learner):
         return F.cross_entropy(self._logits(self.network(number), batch.inputs).float(), batch.targets).item()
 
     def observe(self, batch: Batch) -> dict[str, float]:
-        if not len(batch):
-            raise InputError("a batch needs at least one example")
+        self.enough(batch)
         self.note_classes(batch.targets)
         if not self.events:
             self.events = [Switch(self.batches, None, 0, True)]
@@ -204,10 +207,9 @@ class TAME(Learner):
         self._leave(left)
         if found is None:
             self.experts.append(self._new(len(self.experts)))
-        number, loss = found or (len(self.experts) - 1, self._loss(len(self.experts) - 1, batch))
-        self.active = number
-        self.events = [*self.events, Switch(self.batches, left, number, found is None)]
-        self.experts[number].detector.update(loss)
+        self.active, loss = found or (len(self.experts) - 1, self._loss(len(self.experts) - 1, batch))
+        self.events = [*self.events, Switch(self.batches, left, self.active, found is None)]
+        self.experts[self.active].detector.update(loss)
         return loss
 
     def _trainer(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -316,9 +318,8 @@ class TAME(Learner):
         """
         if len(tasks) != self.batches:
             raise InputError(f"{self.batches} batches were observed, got the tasks of {len(tasks)}")
-        ends = [event.batch for event in self.events[1:]] + [self.batches]
         counts = [Counter() for _ in self.experts]
-        for event, end in zip(self.events, ends, strict=True):
+        for event, end in zip(self.events, [*(event.batch for event in self.events[1:]), self.batches], strict=True):
             counts[event.target].update(tasks[event.batch : end])
         return [count.most_common(1)[0][0] if count else -1 for count in counts]
 
@@ -395,6 +396,5 @@ def expert_accuracies(
             within = place[chosen, answer] == true_place[targets]
             strict = (answer == targets) & (selected if shared else torch.ones_like(selected))
             rows.append(torch.stack([within, strict, selected], 1).double())
-        values = torch.cat(rows).mean(0).tolist()
-        found[task.name] = dict(zip(("within", "strict", "selected"), values, strict=True))
+        found[task.name] = dict(zip(("within", "strict", "selected"), torch.cat(rows).mean(0).tolist(), strict=True))
     return found

@@ -22,8 +22,8 @@ from ..nets.multitask import class_head
 from ..task import Batches, Examples, accuracy, to_device
 
 __all__ = [
-    "TEMPLATES", "Taught", "TwoTower", "base_novel", "base_to_novel", "class_names", "few_shot", "harmonic_mean",
-    "linear_probe", "prompt_head", "taught", "teacher_features", "unit", "zero_shot_head",
+    "TEMPLATES", "Taught", "TwoTower", "base_novel", "base_to_novel", "class_names", "cosines", "few_shot",
+    "harmonic_mean", "linear_probe", "prompt_head", "taught", "teacher_features", "unit", "zero_shot_head",
 ]  # fmt: skip
 
 LOOKS = ("", "close-up ", "blurry ", "bright ", "dark ", "cropped ", "small ", "large ", "sharp ", "grainy ")
@@ -39,16 +39,23 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(wide(features), dim=-1)
 
 
+def cosines(images: Tensor, texts: Tensor) -> Tensor:
+    """`(B, C)` of features of length 1: `(B, d)` and `(C, d)`, or `(B, C, d)` where each image has texts of its own."""
+    return images @ texts.T if texts.ndim == 2 else (texts @ images.unsqueeze(-1)).squeeze(-1)
+
+
 class TwoTower(nn.Module, ABC):
     """A frozen model with two encoders and prompts. Subclasses set `prompts` and `scale`.
 
     Attributes:
         prompts: module that holds all that is trained.
         scale: what multiplies the cosines, CLIP's `exp(logit_scale)`.
+        conditional: whether the prompts of a text depend on the image that it is compared with (CoCoOp).
     """
 
     prompts: nn.Module
     scale: float
+    conditional: bool = False
 
     @abstractmethod
     def encode_image(self, inputs: Any, *, prompted: bool = True) -> Tensor:
@@ -57,6 +64,19 @@ class TwoTower(nn.Module, ABC):
     @abstractmethod
     def encode_text(self, texts: Sequence[Any], *, prompted: bool = True) -> Tensor:
         """Features `(C, d)` of any length: with prompts, texts are class names; without, whole sentences."""
+
+    def text_for(self, texts: Sequence[Any], images: Tensor) -> Tensor:
+        """Features of class names for these images, `(C, d)`; `(B, C, d)` from a conditional tower, which overrides it.
+
+        Args:
+            texts: class names.
+            images: `(B, d)`, prompted features of length 1.
+        """
+        return self.encode_text(texts)
+
+    def logits(self, images: Tensor, texts: Sequence[Any]) -> Tensor:
+        """`(B, C)`, the scaled cosines of image features `(B, d)` of length 1 and class names."""
+        return self.scale * cosines(images, unit(self.text_for(texts, images)))
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +136,13 @@ def teacher_features(
 
 @torch.no_grad()
 def prompt_head(tower: TwoTower, classes: Sequence[Any]) -> nn.Linear:
-    """The prompted text features of any classes as an ordinary linear head on `unit(tower.encode_image(x))`."""
+    """The prompted text features of any classes as an ordinary linear head on `unit(tower.encode_image(x))`.
+
+    Raises:
+        InputError: for a conditional tower, which has other text features for each image.
+    """
+    if tower.conditional:
+        raise InputError("prompts that depend on the image give no fixed head; use tower.logits(features, classes)")
     with evaluating(tower):
         return class_head(unit(tower.encode_text(class_names(classes))), temperature=1 / tower.scale)
 
@@ -231,12 +257,24 @@ def base_to_novel(
     found = {}
     for side, (examples, classes) in {"base": base, "novel": novel}.items():
         prompted = templates is None
-        head = prompt_head(tower, classes) if prompted else zero_shot_head(tower, classes, templates)
         features, targets = _encoded(tower, examples, prompted, batch_size)
         if targets.min() < 0 or targets.max() >= len(classes):
             raise InputError(f"the {side} examples have targets outside 0 to {len(classes) - 1}, the names given")
-        found[side] = accuracy(head.cpu()(features), targets)
+        if prompted and tower.conditional:
+            logits = _conditional(tower, features, classes, batch_size)
+        else:
+            head = prompt_head(tower, classes) if prompted else zero_shot_head(tower, classes, templates)
+            logits = head.cpu()(features)
+        found[side] = accuracy(logits, targets)
     return found | {"harmonic mean": harmonic_mean(found["base"], found["novel"])}
+
+
+@torch.no_grad()
+def _conditional(tower: TwoTower, features: Tensor, classes: Sequence[Any], batch_size: int) -> Tensor:
+    """Logits `(N, C)` on the CPU of a tower whose texts depend on the image."""
+    names = class_names(classes)
+    with evaluating(tower):
+        return torch.cat([tower.logits(part.to(tower.device), names).cpu() for part in features.split(batch_size)])
 
 
 def linear_probe(tower: TwoTower, examples: Examples, outputs: int, *, strength: float = 0.316) -> nn.Linear:

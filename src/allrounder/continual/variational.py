@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import InputError
+from ..nets.calling import wide
 
 __all__ = ["Box", "Flat", "distances", "divergence", "half_width"]
 
@@ -87,7 +88,7 @@ class Box:
 
 
 class Flat:
-    """The parameters of a network that are learned, as one vector.
+    """The parameters of a network that are learned, as one vector in at least float32.
 
     Args:
         model: its parameters that require gradients count; the others and its buffers stay as they are.
@@ -96,18 +97,22 @@ class Flat:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
         if not self.shapes:
             raise InputError("the model has no parameter that requires a gradient")
         self.size = sum(shape.numel() for shape in self.shapes.values())
 
     def vector(self) -> Tensor:
         """The model's own, `(P,)`."""
-        return torch.cat([p.detach().flatten() for p in self.model.parameters() if p.requires_grad])
+        return torch.cat([wide(p.detach()).flatten() for p in self.model.parameters() if p.requires_grad])
 
     def named(self, vector: Tensor) -> Mapping[str, Tensor]:
-        """Views of a vector `(P,)` by name."""
+        """A vector `(P,)` by name, in the dtypes of the model; views where it has them."""
         parts = vector.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+        return {
+            name: part.view(shape).to(self.dtypes[name])
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
 
     def __call__(self, vector: Tensor, inputs: object) -> Tensor:
         """The model's output with these parameters; differentiable, the model is not changed."""

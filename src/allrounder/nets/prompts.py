@@ -16,7 +16,8 @@ Cost: the tokens' share of the sequence. Prompts may be float32 while the model 
 where they enter, and their gradient comes back in float32.
 
 Papers: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119 (deep prompts that replace the previous
-layer's); Li and Liang, "Prefix-Tuning", ACL 2021, arXiv 2101.00190.
+layer's); Li and Liang, "Prefix-Tuning", ACL 2021, arXiv 2101.00190; Zhou et al., "Conditional Prompt Learning for
+Vision-Language Models", CVPR 2022, arXiv 2203.05557 (`meta_net`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError
 
-__all__ = ["Insertion", "deep_prompts", "encoder_layers", "insert_prompts", "prefix_attention"]
+__all__ = ["Insertion", "deep_prompts", "encoder_layers", "insert_prompts", "meta_net", "prefix_attention"]
 
 LAYERS = ("encoder.layers", "encoder.layer", "layers", "transformer.layer", "layer")
 PROJECTIONS = (("k_proj", "v_proj"), ("key", "value"))
@@ -61,6 +62,35 @@ def deep_prompts(
     if first is not None:
         tokens[0] = first.detach().to("cpu", torch.float32, copy=True)
     return nn.ParameterList(nn.Parameter(value) for value in tokens)
+
+
+def meta_net(features: int, width: int, *, hidden: int | None = None, seed: int = 0) -> nn.Sequential:
+    """What makes prompts depend on an example (CoCoOp): its features -> one token, added to each of its prompts.
+
+    `W_2 relu(W_1 f + b_1) + b_2`. The second layer begins at zero, so that prompts begin as if it were not there (the
+    paper's code begins it at random).
+
+    Args:
+        features: size of f.
+        width: size of a token.
+        hidden: between the layers. Default and paper: a sixteenth of `features`, at least 1.
+        seed: of the first layer, uniform within `1 / sqrt(features)`.
+
+    >>> meta_net(32, 8)(torch.ones(3, 32)).shape
+    torch.Size([3, 8])
+    """
+    hidden = max(1, features // 16) if hidden is None else hidden
+    if min(features, width, hidden) < 1:
+        raise InputError(f"features, width and hidden are at least 1, got {features}, {width} and {hidden}")
+    first, second = (nn.Linear(*sizes, device="meta") for sizes in ((features, hidden), (hidden, width)))
+    net = nn.Sequential(first, nn.ReLU(), second).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * features**-0.5)
+        for parameter in second.parameters():
+            parameter.zero_()
+    return net
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
