@@ -19,7 +19,8 @@ Losses = Callable[[Sequence[str]], dict[str, Tensor]]
 
 Update = Callable[[Losses, Sequence[str]], Mapping[str, Tensor]]
 """`(losses, tasks of this step) -> losses`: leaves the step's gradient in `.grad` of what is trained and returns
-the losses at the weights as they were. The rules of `allrounder.optim` and `allrounder.multitask` are updates."""
+the losses at the weights as they were. One that has a method `stepped()` is told so after the optimiser's step, when it
+may look at the losses again. The rules of `allrounder.optim` and `allrounder.multitask` are updates."""
 
 
 def _sum(losses: Losses, tasks: Sequence[str]) -> Mapping[str, Tensor]:
@@ -94,6 +95,7 @@ def fit(
     }
     sampled = _sampled(sampler, list(suite))
     combine = update if update is not None else optim if callable(optim) else _sum
+    stepped = getattr(combine, "stepped", None)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -114,6 +116,8 @@ def fit(
                         f"the loss of task {name!r} is {loss.item()} at step {step}; lower the learning rate"
                     )
             optim.step()
+            if stepped is not None:
+                stepped()
             if progress is not None:
                 progress(step + 1, steps)
     return model.eval()

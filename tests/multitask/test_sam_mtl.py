@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from allrounder import Examples, InputError, Suite, Task, fit, score
-from allrounder.multitask.sam_mtl import SAMMTL, sharpness
+from allrounder.multitask.sam_mtl import SAMMTL, _lengths, sharpness
 from allrounder.nets import MultiTaskModel
 from allrounder.optim.aggregation import RULES, Aggregate, combine, make_rule
 
@@ -40,7 +40,10 @@ def same(one, other, **options):
             torch.testing.assert_close(a, b, **options)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("mean", "sum", "rlw", "dwa", "uncertainty")])
+OF_LOSSES = ["mean", "sum", "rlw", "dwa", "uncertainty", "famo"]
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in OF_LOSSES])
 def test_without_a_radius_it_is_the_rule(rule):
     model = network()
     Aggregate(model, rule, tasks="abc")(losses_of(model), ["a", "b", "c"])
@@ -49,7 +52,7 @@ def test_without_a_radius_it_is_the_rule(rule):
     same(grads(model), wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("rule", ["mean", "sum", "rlw", "dwa", "uncertainty"])
+@pytest.mark.parametrize("rule", OF_LOSSES)
 @pytest.mark.parametrize("variant", ["decomposed", "direct"])
 def test_weights_of_losses_hold_for_own_parameters_too(rule, variant):
     model = network()
@@ -94,7 +97,7 @@ def test_the_numbers_of_the_card_for_decomposed_and_direct():
     loss = {"a": torch.ones(()), "b": torch.ones(())}
 
     def d(rows):
-        found, _ = combine(rule, {t: [torch.tensor(r)] for t, r in zip("ab", rows, strict=True)}, [0], loss)
+        found, _ = combine(rule, {0: torch.tensor(rows)}, loss)
         return found[0]
 
     decomposed = d([[1.0, 0.0], [-0.5, 1.0]]) + d([[0.0, 1.0], [0.0, 1.0]])
@@ -125,9 +128,14 @@ def test_a_step_equals_the_papers_algorithm_by_hand(adaptive, variant):
         other.load_state_dict(kept)
         h[task] = [s - b if variant == "decomposed" else s for s, b in zip(sharp[:2], both[:2], strict=True)]
         own[task] = sharp[2:]
-    flat = combine(make_rule("pcgrad", seed=3), h, [0, 1], loss)[0]
+
+    def combined(rows):
+        blocks = {i: torch.stack([rows[task][i] for task in "abc"]) for i in range(2)}
+        return list(combine(make_rule("pcgrad", seed=3), blocks, loss)[0].values())
+
+    flat = combined(h)
     if variant == "decomposed":
-        flat = [a + b for a, b in zip(combine(make_rule("pcgrad", seed=3), g, [0, 1], loss)[0], flat, strict=True)]
+        flat = [a + b for a, b in zip(combined(g), flat, strict=True)]
     same([p.grad for p in model.backbone.parameters()], flat, rtol=1e-4, atol=1e-6)
     for task in "abc":
         same([p.grad for p in model.heads[task].parameters()], own[task], rtol=1e-4, atol=1e-6)
@@ -163,7 +171,7 @@ def test_statistics_move_as_without_sam_under_dropout_too(shared):
         return Shared(nn.BatchNorm1d(8), nn.Dropout(0.3)).train()
 
     model, plain = build(), build()
-    update = SAMMTL(model, "mean", radius=0.1)
+    update = SAMMTL(model, "mean", radius=0.02)
     for _ in range(3):
         for one, step in ((model, lambda losses: update(losses, ["a", "b"])), (plain, lambda losses: losses("ab"))):
             step(one.losses if shared else losses_of(one.net))
@@ -281,3 +289,86 @@ def test_an_adaptive_radius_without_adaptive_is_warned_of():
         UserWarning, match=r"a plain radius of 2 is \d+% of the weights' norm; did you mean adaptive=True"
     ):
         SAMMTL(network(), radius=2.0)
+
+
+def test_memory_that_is_used_again_changes_nothing():
+    """Tasks that come and go, against an update that has seen no step before."""
+    model = network()
+    update = SAMMTL(model, "cagrad", radius=0.1)
+    for tasks in (["a", "b", "c"], ["b", "c"], ["c", "a"], ["a", "b", "c"]):
+        update(losses_of(model), tasks)
+        got = grads(model)
+        fresh = SAMMTL(model, "cagrad", radius=0.1)
+        fresh(losses_of(model), tasks)
+        same(got, grads(model), rtol=1e-5, atol=1e-7)
+        assert update.last.tasks == tuple(tasks)
+
+
+def test_losses_may_come_in_another_order():
+    model = network()
+    update = SAMMTL(model, "uncertainty", radius=0.1, tasks="abc")
+    with torch.no_grad():
+        update.rule.log_variance.copy_(torch.tensor([0.0, 1.0, 2.0]))
+        update.flat_rule.log_variance.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    found = []
+    for turn in (1, 1, -1):  # the first step has no memory to write to yet
+        update(lambda tasks, turn=turn: dict(list(losses_of(model)(tasks).items())[::turn]), ["a", "b", "c"])
+        found.append(grads(model))
+    same(found[1], found[0], rtol=1e-5, atol=1e-7)
+    same(found[2], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_may_be_frozen_and_thawed_between_steps():
+    model, fresh = network(), network()
+    update = SAMMTL(model, "cagrad", radius=0.1)
+    update(losses_of(model), ["a", "b"])
+    model.backbone[0].bias.requires_grad_(False)
+    fresh.backbone[0].bias.requires_grad_(False)
+    update(losses_of(model), ["a", "b"])
+    SAMMTL(fresh, "cagrad", radius=0.1)(losses_of(fresh), ["a", "b"])
+    assert model.backbone[0].bias.grad is None
+    same(grads(model), grads(fresh), rtol=1e-5, atol=1e-7)
+    model.backbone[0].bias.requires_grad_(True)
+    update(losses_of(model), ["a", "b"])
+    assert model.backbone[0].bias.grad.abs().sum() > 0
+
+
+def test_the_radius_is_exact_in_half_precision():
+    ones = [torch.ones(300, dtype=torch.bfloat16)]
+    assert _lengths([ones, [], ones * 2]) == pytest.approx([300**0.5, 0, 600**0.5], rel=1e-6)
+    assert _lengths([[torch.full((4,), 60000.0, dtype=torch.float16)]]) == pytest.approx([120000.0], rel=1e-3)
+    assert _lengths([[torch.tensor([3e-9, 4e-9], dtype=torch.float64)]]) == pytest.approx([5e-9], rel=1e-14)
+
+
+def test_a_resumed_run_knows_what_was_shared():
+    """After the load a step of one task must treat the trunk as shared, as the run would have."""
+    model = network()
+    one, other = SAMMTL(model, "nash", radius=0.1, max_norm=0.1), SAMMTL(model, "nash", radius=0.1, max_norm=0.1)
+    one(losses_of(model), ["a", "b"])
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    one(losses_of(model), ["a"])
+    wanted = grads(model)
+    other(losses_of(model), ["a"])
+    same(grads(model), wanted, rtol=0, atol=0)
+    assert torch.cat([p.grad.flatten() for p in model.backbone.parameters()]).norm() < 0.21
+
+
+def test_memory_of_a_task_that_does_not_reach_a_shared_layer_is_cleared():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.middle = network(), nn.Linear(8, 8, bias=False)
+            nn.init.eye_(self.middle.weight)
+
+        def losses(self, tasks):
+            z = self.net.backbone(X)
+            heads = {task: self.net.heads[task](self.middle(z) if task != "c" else z) for task in tasks}
+            return {task: nn.functional.cross_entropy(out, Y[task]) for task, out in heads.items()}
+
+    model = Part()
+    update = SAMMTL(model, "cagrad", radius=0.1)
+    update(model.losses, ["a", "b", "c"])
+    update(model.losses, ["c", "a", "b"])  # the first row of the middle layer was a's
+    got = grads(model)
+    SAMMTL(model, "cagrad", radius=0.1)(model.losses, ["c", "a", "b"])
+    same(got, grads(model), rtol=1e-5, atol=1e-7)

@@ -32,9 +32,9 @@ GRAMIAN = [name for name in RULES if make_rule(name, ["a"]).needs == "gramian" a
 def apply(rule, jacobian, losses=None):
     """d for a Jacobian `(K, P)` as one parameter."""
     tasks = [f"t{k}" for k in range(len(jacobian))]
-    rows = {task: [row.clone()] for task, row in zip(tasks, jacobian, strict=True)}
     values = torch.ones(len(tasks)) if losses is None else losses
-    combined, found = combine(rule, rows, [0], dict(zip(tasks, values, strict=True)))
+    combined, found = combine(rule, {0: jacobian}, dict(zip(tasks, values, strict=True)))
+    rule.after(dict(zip(tasks, values * torch.linspace(0.5, 0.9, len(tasks)), strict=True)))
     return combined[0], found
 
 
@@ -243,6 +243,7 @@ def test_a_step_leaves_its_own_gradient_and_nothing_of_the_step_before(name):
     net, fresh = Net(), Net()
     update = Aggregate(net, name, tasks=["a", "b"])
     update(net.losses, ["a", "b"])
+    update.stepped()
     wanted = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
     update.rule.reset()
     for p in fresh.parameters():
@@ -384,6 +385,50 @@ def test_tasks_may_come_and_go():
         assert net.trunk.weight.grad is not None
 
 
+@pytest.mark.parametrize("name", ["mgda", "mean", "graddrop"])
+def test_parameters_may_be_frozen_and_thawed_between_steps(name):
+    net = Net()
+    update = Aggregate(net, name)
+    update(net.losses, ["a", "b"])
+    net.trunk.bias.requires_grad_(False)
+    update(net.losses, ["a", "b"])
+    assert net.trunk.bias.grad is None
+    assert net.trunk.weight.grad is not None
+    net.trunk.bias.requires_grad_(True)
+    update(net.losses, ["a", "b"])
+    assert net.trunk.bias.grad.abs().sum() > 0
+    net.requires_grad_(False)
+    with pytest.raises(InputError, match="has no graph|every parameter of the model is frozen"):
+        update(net.losses, ["a", "b"])
+
+
+def test_a_resumed_run_knows_what_was_shared():
+    """Nash limits what is shared: a step of one task right after the load must do so too."""
+    net = Net()
+    one, other = Aggregate(net, "nash", max_norm=0.1), Aggregate(net, "nash", max_norm=0.1)
+    one(net.losses, ["a", "b"])
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    other(net.losses, ["a"])
+    assert torch.cat([p.grad.flatten() for p in net.trunk.parameters()]).norm().item() == pytest.approx(0.1, rel=1e-4)
+    with pytest.raises(InputError, match="counts 9 parameters and features and this update 3"):
+        Aggregate(net.trunk, "nash").load_state_dict(one.state_dict())
+
+
+def test_numbers_without_shape_and_mixed_precision_are_combined():
+    """A scalar parameter in float64 beside one in bfloat16: the Gramian has the wider type, gradients keep theirs."""
+    scale, weight = nn.Parameter(torch.tensor(2.0).double()), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+
+    def losses(tasks):
+        return {t: (scale * weight.double().sum() - k).square() for k, t in enumerate(tasks)}
+
+    update = Aggregate([scale, weight], "mgda")
+    update(losses, ["a", "b"])
+    assert update.last.gramian.dtype == torch.float64
+    assert (scale.grad.dtype, scale.grad.shape) == (torch.float64, ())
+    assert weight.grad.dtype == torch.bfloat16
+    assert scale.grad.item() == pytest.approx(2 * (6 - 1) * 3)  # the shorter of two parallel gradients
+
+
 @pytest.mark.parametrize("name", list(RULES))
 def test_every_rule_trains_in_the_one_loop(name):
     generator = torch.Generator().manual_seed(0)
@@ -466,7 +511,7 @@ def detached(net, tasks):
         (lambda net: make_rule("dwa", ["a"], temperature=0), "temperature above 0"),
         (lambda net: make_rule("gradnorm", ["a", "a"]), "task names must differ"),
         (lambda net: make_rule(CAGrad(), c=0.1), "takes no options, got c"),
-        (lambda net: Aggregate(net, "mean", shared=[nn.Parameter(torch.ones(1))]), "not among those that the model"),
+        (lambda net: Aggregate(net, "mean", shared=[nn.Parameter(torch.ones(1))]), "not among those of the model"),
         (lambda net: Aggregate(net)(net.losses, []), "tasks with different names"),
         (lambda net: Aggregate(net)(net.losses, ["a", "a"]), "tasks with different names"),
         (lambda net: Aggregate(net, "gradnorm", tasks=["a"])(net.losses, ["a", "b"]), "made for the tasks a, got 'b'"),

@@ -14,7 +14,7 @@ conflicts of the two parts hide each other.
 Use it where tasks are small or their labels noisy and training goes on to memorisation. Where a model still underfits
 it costs accuracy. Time: K + 1 forward and 2K backward passes (2K forward passes for models with dropout, whose masks
 are replayed task by task, and one more of all tasks where they also have BatchNorm). Memory: the K gradients and two
-copies of the parameters.
+copies of the parameters; the memory of the K gradients is kept from step to step.
 
 Improving Multi-task Learning via Seeking Task-based Flat Regions (2022, arXiv 2211.13723; ICCV 2025). Departures from
 the authors' code: weights are restored bit for bit; a task without gradient is not perturbed and takes no part, where
@@ -27,25 +27,18 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..optim.aggregation import (
-    Aggregated,
-    Gradients,
-    Partition,
-    check_tasks,
-    combine,
-    make_rule,
-    own_factors,
-    task_gradients,
-)
+from ..optim.aggregation import Aggregated, combine, make_rule, own_factors
 from ..optim.gradient_rules import Rule
+from ..optim.loss_weights import Afterwards
 from ..optim.perturb import RandomState, frozen_batchnorm, perturbed, random_state, replayed, same_state
+from ..optim.task_gradients import Blocks, Gradients, Partition, check_tasks, stacked, task_gradients
 from ..train import Losses
 
 __all__ = ["SAMMTL", "sharpness"]
@@ -93,10 +86,12 @@ class SAMMTL(nn.Module):
         self.flat_rule = copy.deepcopy(self.rule)
         self.radius, self.adaptive, self.variant = radius, adaptive, variant
         self._model = (model,)
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._trained = list(model.parameters())
         self.partition = Partition(self._trained, None)
+        self._afterwards = Afterwards(model, self.rule, self.flat_rule)
         self.last = self.last_flat = None
         self._draws = False
+        self._blocks: Blocks = {}  # kept, because K x P numbers of new memory cost as much as working on them
         length = math.sqrt(sum(float(p.detach().float().square().sum()) for p in self._trained))
         if not adaptive and radius > 0.5 * length > 0:
             warnings.warn(
@@ -108,54 +103,80 @@ class SAMMTL(nn.Module):
     def forward(self, losses: Losses, tasks: Sequence[str]) -> Mapping[str, Tensor]:
         check_tasks(tasks)
         (model,) = self._model
-        found, gradients, states = self._first(losses, tasks)
+        self._afterwards.keep(losses, tasks)
+        memory = {i: block for i, block in self._blocks.items() if len(block) == len(tasks)}
+        into = {task: {} for task in tasks}
+        for i, block in memory.items():
+            for task, row in zip(tasks, block.unbind(), strict=True):
+                into[task][i] = row
+        found, gradients, states = self._first(losses, tasks, into)
         places = self.partition.shared(gradients)
-        shared = set(places)
-        combined: list[Tensor | None] = [None] * len(self._trained)
-        own: list[tuple[int, Tensor] | None] = [None] * len(self._trained)  # index of the task, its gradient
+        # the shared gradients, in each row h_k instead of g_k after task k's turn
+        blocks = self._blocks = stacked(gradients, places, memory)
+        given = {task: found[task] for task in gradients}
+        combined: Blocks = {}
+        own: dict[int, tuple[int, Tensor]] = {}  # place -> index of its task, gradient
         if self.variant == "decomposed":
-            combined, self.last = combine(self.rule, gradients, places, found)
+            combined, self.last = combine(self.rule, blocks, given)
+        lengths = self._plain_lengths(blocks, gradients)
+        shared = [self._trained[i] for i in places]
+        kept = [parameter.detach().clone() for parameter in shared]
+        rows_of = list(zip(*(blocks[i].unbind() for i in places), strict=True)) or [()] * len(given)
         with frozen_batchnorm(model):
-            for k, (task, row) in enumerate(gradients.items()):
-                directions = self._directions(row, shared)
+            for k, (task, rows) in enumerate(zip(given, rows_of, strict=True)):
                 with ExitStack() as stack:
-                    stack.enter_context(perturbed(self._trained, directions))
+                    stack.enter_context(self._moved(shared, rows, lengths[0][k], kept))
+                    stack.enter_context(self._moved(self._trained, gradients.pop(task), lengths[1][k]))
                     if states:
                         stack.enter_context(replayed(states[task]))
                     sharp = task_gradients(losses([task]), self._trained)[task]
-                for i, gradient in enumerate(sharp):
-                    if gradient is None:
-                        continue
-                    if i not in shared:
-                        own[i] = k, gradient
-                    elif self.variant == "decomposed":
-                        row[i] = gradient - row[i]  # type: ignore[operator]
-                    else:
-                        row[i] = gradient
+                if rows:
+                    self._replace(rows, [sharp[i] for i in places])
+                own |= {i: (k, g) for i, g in enumerate(sharp) if g is not None and i not in blocks}
         if self.variant == "decomposed":
-            flat, self.last_flat = combine(self.flat_rule, gradients, places, found)
+            flat, self.last_flat = combine(self.flat_rule, blocks, given)
         else:
-            flat, self.last = combine(self.rule, gradients, places, found)
+            flat, self.last = combine(self.rule, blocks, given)
         factors = own_factors(self.rule, self.last)  # type: ignore[arg-type]
+        for i, gradient in flat.items():
+            combined[i] = combined[i].add_(gradient) if i in combined else gradient
+        for i, (k, gradient) in own.items():
+            combined[i] = gradient if factors[k] == 1 else gradient * factors[k]
         for i, parameter in enumerate(self._trained):
-            if (mine := own[i]) is not None:
-                combined[i] = mine[1] if factors[mine[0]] == 1 else mine[1] * factors[mine[0]]
-            elif i in shared and flat[i] is not None:
-                combined[i] = flat[i] if combined[i] is None else combined[i] + flat[i]  # type: ignore[operator]
-            parameter.grad = combined[i]
+            parameter.grad = combined.get(i)
         return found
 
+    def stepped(self) -> None:
+        """As `optim.Aggregate.stepped`: call it after the optimiser's step, as `allrounder.fit` does."""
+        self._afterwards.show()
+
+    def get_extra_state(self) -> list[list[str]]:
+        return self.partition.state()
+
+    def set_extra_state(self, state: list[list[str]]) -> None:
+        self.partition.load(state)
+
+    def _replace(self, rows: list[Tensor] | tuple[Tensor, ...], sharp: list[Tensor | None]) -> None:
+        """g_k by h_k, or by gS_k for the direct variant, in place; a parameter that was not reached counts as 0."""
+        if self.variant == "direct":
+            torch._foreach_zero_(rows)
+        reached = [(row, gradient) for row, gradient in zip(rows, sharp, strict=True) if gradient is not None]
+        if reached:
+            torch._foreach_sub_([row for row, _ in reached], [gradient for _, gradient in reached])
+        torch._foreach_neg_(rows)
+
     def _first(
-        self, losses: Losses, tasks: Sequence[str]
+        self, losses: Losses, tasks: Sequence[str], into: Mapping[str, Mapping[int, Tensor]]
     ) -> tuple[dict[str, Tensor], Gradients, dict[str, RandomState]]:
         """Losses, gradients, and where forward passes draw (dropout) the state in front of each task's."""
         start, (model,) = random_state(), self._model
         moving = any(part.training for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
         if not self._draws or moving:  # all tasks at once, so that running statistics move as they do without SAM
             with torch.set_grad_enabled(not self._draws):
-                found = dict(losses(tasks))
+                found = losses(tasks)
+                found = {task: found[task] for task in tasks}
             if not self._draws and same_state(start, random_state()):
-                return found, task_gradients(found, self._trained), {}
+                return found, task_gradients(found, self._trained, into), {}
             self._draws = True
         found, gradients, states = {}, {}, {}
         with replayed(start, keep=True), frozen_batchnorm(model):
@@ -163,29 +184,52 @@ class SAMMTL(nn.Module):
                 states[task] = random_state()
                 one = losses([task])
                 found |= {task: one[task]}
-                gradients |= task_gradients({task: one[task]}, self._trained)
+                gradients |= task_gradients({task: one[task]}, self._trained, into)
         return found, gradients, states
 
-    def _directions(self, row: Sequence[Tensor | None], shared: set[int]) -> list[Tensor | None]:
-        """eps for shared and delta for own parameters; `None` where there is no gradient."""
-        directions: list[Tensor | None] = [None] * len(row)
-        for mine in (shared, set(range(len(row))) - shared):
-            places = [i for i in mine if row[i] is not None]
-            for i, direction in zip(places, self._ball([row[i] for i in places], places), strict=True):  # type: ignore[misc]
-                directions[i] = direction
-        return directions
+    def _plain_lengths(self, blocks: Blocks, gradients: Gradients) -> tuple[list[float], list[float]]:
+        """Of each task's gradient of shared and of own parameters."""
+        count = len(gradients)
+        if self.variant == "decomposed" and self.last is not None and self.last.gramian is not None:
+            shared = self.last.gramian.diagonal().sqrt().tolist()
+        else:
+            shared = _lengths([[block[k] for block in blocks.values()] for k in range(count)])
+        return shared, _lengths([[g for g in row if g is not None] for row in gradients.values()])
 
-    def _ball(self, gradients: list[Tensor], places: Sequence[int]) -> list[Tensor]:
-        if not gradients:
-            return []
-        sizes = [self._trained[i].detach().abs() for i in places] if self.adaptive else None
-        scaled = list(torch._foreach_mul(gradients, sizes)) if sizes else gradients
-        length = torch.stack([n.float() for n in torch._foreach_norm(scaled)]).norm().item()
+    def _moved(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        length: float,
+        kept: Sequence[Tensor] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Inside, these parameters stand one radius up these gradients of that length."""
         if length == 0:
-            return [torch.zeros_like(g) for g in gradients]
-        if sizes:
-            scaled = list(torch._foreach_mul(scaled, sizes))
-        return list(torch._foreach_mul(scaled, self.radius / length))
+            return nullcontext()
+        places = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        directions = [gradient for gradient in gradients if gradient is not None]
+        moving = [parameters[i] for i in places]
+        if self.adaptive:
+            sizes = [parameter.detach().abs() for parameter in moving]
+            directions = list(torch._foreach_mul(directions, sizes))
+            (length,) = _lengths([directions])
+            if length == 0:  # where gradients are not zero the weights are
+                return nullcontext()
+            torch._foreach_mul_(directions, sizes)
+        saved = None if kept is None else [kept[i] for i in places]
+        return perturbed(moving, directions, scale=self.radius / length, kept=saved)
+
+
+def _lengths(groups: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Of the tensors of each group together, in at least float32; 0 for none."""
+    tensors = [tensor for group in groups for tensor in group]
+    if not tensors:
+        return [0.0] * len(groups)
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    parts = iter(torch.stack([part.to(tensors[0].device) for part in torch._foreach_norm(tensors, 2, dtype)]).tolist())
+    return [math.hypot(*(next(parts) for _ in group)) for group in groups]
 
 
 def sharpness(model: nn.Module, losses: Losses, tasks: Sequence[str], *, radius: float = 0.05) -> dict[str, float]:
@@ -209,10 +253,9 @@ def sharpness(model: nn.Module, losses: Losses, tasks: Sequence[str], *, radius:
             state = random_state()
             before = losses([task])
             row = task_gradients(before, trained)[task]
-            there = [g for g in row if g is not None]
-            length = torch.stack([g.float().norm() for g in there]).norm().item() if there else 0.0
-            directions = [None if g is None or length == 0 else radius / length * g for g in row]
-            with perturbed(trained, directions), replayed(state), torch.no_grad():
+            (length,) = _lengths([[g for g in row if g is not None]])
+            scale = radius / length if length else 0.0
+            with perturbed(trained, row, scale=scale), replayed(state), torch.no_grad():
                 after = losses([task])[task]
             rises[task] = (after - before[task].detach()).item()
     return rises

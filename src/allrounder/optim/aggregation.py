@@ -7,30 +7,37 @@ Parameters that at least two tasks reach are shared; their gradient is what the 
 `J` `(K, P)`. Parameters of one task get their own gradient, times the task's weight where the rule weights losses.
 After a step `update.last` tells the weights, the Gramian, the cosines between tasks and how many of them conflict.
 
-Rules that look at losses only cost one backward pass. The others take one forward pass, K backward passes through what
-the tasks share, and hold the K gradients (K x P numbers; at 40 tasks and 11 M parameters 1.8 GB). The rule itself sees
-a K x K matrix. Gradients must be unscaled and reduced over processes before they are combined: with mixed precision or
-several processes, wrap `losses` accordingly; combining on each process is something else.
+Rules that look at losses only cost one backward pass; `famo` looks at them again after the step, so call
+`update.stepped()` there (`fit` does). The others take one forward pass, K backward passes through what the tasks share,
+and hold the K gradients (K x P numbers; at 40 tasks and 11 M parameters 1.8 GB). The rule itself sees a K x K matrix.
+With `space="features"` the K passes go through the heads alone and one through the backbone: about the cost of `mean`,
+for tasks whose heads read one output (`feature_space` has the mathematics).
 
-Which rule: `mean` first. `cagrad`, `pcgrad` and `imtl-g` where tasks pull in different directions, `nash`, `mgda` and
-`uncertainty` where their losses also differ in scale. Sources stand in `gradient_rules` and `loss_weights`.
+Gradients must be unscaled and reduced over processes before they are combined: with mixed precision or several
+processes, wrap `losses` accordingly; combining on each process is something else.
+
+Which rule: `mean` first. `cagrad`, `pcgrad` and `imtl-g` where tasks pull in different directions, `nash`, `mgda`,
+`uncertainty` and `famo` where their losses also differ in scale. Sources stand in `gradient_rules` and `loss_weights`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..train import Losses
+from .feature_space import backbone_of, cut_at
 from .gradient_rules import MGDA, CAGrad, GradDrop, NashMTL, PCGrad, Rule, torchjd_rule
-from .loss_weights import DWA, Constant, GradNorm, RandomWeights, Uncertainty, known
+from .loss_weights import DWA, FAMO, Afterwards, Constant, GradNorm, RandomWeights, Uncertainty, known
+from .task_gradients import Blocks, Partition, check_tasks, gramian_of, stacked, task_gradients
 
-__all__ = ["RULES", "Aggregate", "Aggregated", "Gradients", "combine", "delta_m", "make_rule", "task_gradients"]
+__all__ = ["RULES", "Aggregate", "Aggregated", "combine", "delta_m", "make_rule", "own_factors"]
 
 RULES: dict[str, Callable[..., Rule]] = {
     "mean": Constant,
@@ -39,6 +46,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "dwa": DWA,
     "uncertainty": Uncertainty,
     "gradnorm": GradNorm,
+    "famo": FAMO,
     "mgda": MGDA,
     "pcgrad": PCGrad,
     "gradvac": torchjd_rule("GradVacWeighting"),
@@ -49,14 +57,12 @@ RULES: dict[str, Callable[..., Rule]] = {
     "upgrad": torchjd_rule("UPGradWeighting"),
     "graddrop": GradDrop,
 }
-"""Name -> constructor. A learning rate that suits one scale is K times off for another. The scale of the
-mean: mean, rlw, mgda, imtl-g (weights that add up to 1), cagrad, upgrad. Of the sum: sum, dwa, gradnorm (weights that
-add up to K), pcgrad, gradvac, graddrop. Of their own: uncertainty (1 / (2 variance)), nash (length at most `max_norm`),
+"""Name -> constructor. A learning rate that suits one scale is K times off for another. The scale of the mean: mean,
+rlw, famo, mgda, imtl-g (weights that add up to 1), cagrad, upgrad. Of the sum: sum, dwa, gradnorm (weights that add up
+to K), pcgrad, gradvac, graddrop. Of their own: uncertainty (1 / (2 variance)), nash (length at most `max_norm`),
 aligned (singular values all like the smallest)."""
 
-OF_TASKS = ("dwa", "uncertainty", "gradnorm")
-Gradients = dict[str, list[Tensor | None]]
-"""Task -> its gradient for each parameter, `None` where it does not reach it."""
+OF_TASKS = ("dwa", "uncertainty", "gradnorm", "famo")
 
 
 def make_rule(rule: str | Rule, tasks: Sequence[str] = (), **options: Any) -> Rule:
@@ -119,88 +125,39 @@ class Aggregated:
         return (self.gramian[upper] < 0).double().mean().item()
 
 
-def task_gradients(found: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Gradients:
-    """Each loss's gradient; the graphs are freed with the last."""
-    tasks = list(found)
-    for task, loss in found.items():
-        if not loss.requires_grad:
-            raise InputError(f"the loss of task {task!r} has no graph; is its head detached?")
-    return {
-        task: list(
-            torch.autograd.grad(found[task], parameters, retain_graph=task != tasks[-1], allow_unused=True)
-        )
-        for task in tasks
-    }  # fmt: skip
-
-
-def gramian_of(gradients: Gradients, places: Sequence[int]) -> Tensor:
-    """`(K, K)` inner products over the parameters at these places, in at least float32, one parameter at a time."""
-    rows = list(gradients.values())
-    like = next((g for row in rows for g in row if g is not None), torch.zeros(()))
-    gramian = torch.zeros(
-        len(rows), len(rows), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
-    )
-    for i in places:
-        there = [k for k, row in enumerate(rows) if row[i] is not None]
-        block = torch.stack([rows[k][i].flatten().to(gramian.dtype) for k in there])  # type: ignore[union-attr]
-        chosen = torch.tensor(there, device=gramian.device)
-        gramian[chosen[:, None], chosen] += block @ block.T
-    return gramian
-
-
-def combine(
-    rule: Rule, gradients: Gradients, places: Sequence[int], losses: Mapping[str, Tensor]
-) -> tuple[list[Tensor | None], Aggregated]:
-    """One gradient for each parameter, by a rule; `None` for parameters that are not at `places`.
+def combine(rule: Rule, blocks: Blocks, losses: Mapping[str, Tensor]) -> tuple[Blocks, Aggregated]:
+    """One gradient for each parameter, by a rule: place -> `(*shape)`.
 
     Args:
         rule: what combines.
-        gradients: of each task.
-        places: which parameters take part.
-        losses: of each task, for rules that look at them.
+        blocks: place -> gradients `(K, *shape)`.
+        losses: task -> loss, K of them in the order of the rows.
 
     Raises:
         InputError: a gradient that is not finite (with its task), or tasks that the rule was not made for.
     """
-    tasks = list(gradients)
+    tasks = list(losses)
     known(rule, tasks)
-    values = torch.stack([losses[task].detach() for task in tasks])
-    gramian = gramian_of(gradients, places)
-    bad = [task for task, length in zip(tasks, gramian.diagonal().isfinite().tolist(), strict=True) if not length]
-    if bad:
+    values = torch.stack([loss.detach() for loss in losses.values()])
+    gramian = gramian_of(blocks, values)
+    lengths = gramian.diagonal().tolist()
+    if bad := [task for task, length in zip(tasks, lengths, strict=True) if not math.isfinite(length)]:
         raise InputError(f"the gradient of task {bad[0]!r} is not finite; lower the learning rate or look at its loss")
-    size = len(next(iter(gradients.values())))
-    combined: list[Tensor | None] = [None] * size
     if rule.needs == "jacobian":
-        return _entrywise(rule, gradients, places, combined), Aggregated(tuple(tasks), None, gramian)
-    active = [k for k, length in enumerate(gramian.diagonal().tolist()) if length > 0]
-    weights = torch.zeros(len(tasks), dtype=gramian.dtype, device=gramian.device)
-    if active:
-        index = torch.tensor(active, device=gramian.device)
-        given = gramian[index[:, None], index] if rule.needs == "gramian" else None
-        weights[index] = rule(given, values[index.to(values.device)], [tasks[k] for k in active]).to(weights)
-    for k, task in enumerate(tasks):
-        weight = weights[k].item()
-        row = gradients[task]
-        mine = [i for i in places if row[i] is not None]
-        first, later = [i for i in mine if combined[i] is None], [i for i in mine if combined[i] is not None]
-        if first:
-            for i, made in zip(first, torch._foreach_mul([row[i] for i in first], weight), strict=True):  # type: ignore[arg-type]
-                combined[i] = made
-        if later:
-            torch._foreach_add_([combined[i] for i in later], [row[i] for i in later], alpha=weight)  # type: ignore[arg-type]
-    return combined, Aggregated(tuple(tasks), weights, gramian)
-
-
-def _entrywise(
-    rule: Rule, gradients: Gradients, places: Sequence[int], combined: list[Tensor | None]
-) -> list[Tensor | None]:
-    for i in places:
-        given = [row[i] for row in gradients.values()]
-        like = next(g for g in given if g is not None)
-        jacobian = torch.stack([torch.zeros_like(like).flatten() if g is None else g.flatten() for g in given])
-        combined[i] = rule.combine(jacobian).view_as(like)  # type: ignore[operator]
-    return combined
+        made = {i: rule.combine(block.reshape(len(tasks), -1)) for i, block in blocks.items()}  # type: ignore[operator]
+        weights = None
+    else:
+        active = [k for k, length in enumerate(lengths) if length > 0]
+        weights = torch.zeros(len(tasks), dtype=gramian.dtype, device=gramian.device)
+        if active:
+            index = torch.tensor(active, device=gramian.device)
+            given = gramian[index[:, None], index] if rule.needs == "gramian" else None
+            weights[index] = rule(given, values[index], [tasks[k] for k in active]).to(weights)
+        made = {
+            i: weights.to(block.device) @ block.reshape(len(tasks), -1).to(weights.dtype) for i, block in blocks.items()
+        }
+    shaped = {i: made[i].to(block.dtype).view(block.shape[1:]) for i, block in blocks.items()}
+    return shaped, Aggregated(tuple(tasks), weights, gramian)
 
 
 def own_factors(rule: Rule, found: Aggregated) -> list[float]:
@@ -219,15 +176,18 @@ class Aggregate(nn.Module):
         rule: a name in `RULES`, or a rule.
         tasks: all tasks, for rules with parameters of their own.
         shared: the parameters that the rule is for. Default: those that at least two tasks reach.
+        space: `parameters`, or `features`: the rule sees the gradients at the output of `model.backbone`, and what it
+            makes of them goes down the backbone once. For losses whose heads all read one such output.
         options: of the rule.
 
     Attributes:
         last: `Aggregated` of the last step.
 
     Raises:
-        InputError: as `make_rule`; a parameter given as shared that the model does not train. When called: a task
-            that reaches no shared parameter, losses or gradients that are not finite, a loss without graph, tasks
-            named twice or none.
+        InputError: as `make_rule`; a parameter given as shared that the model does not have; an unknown space, or
+            features without a backbone. When called: a task that reaches no shared parameter, losses or gradients that
+            are not finite, a loss without graph, tasks named twice or none; with `space="features"` a backbone that
+            ran more than once, or that a loss reaches around its output.
     """
 
     last: Aggregated | None
@@ -239,32 +199,44 @@ class Aggregate(nn.Module):
         *,
         tasks: Sequence[str] = (),
         shared: Iterable[nn.Parameter] | None = None,
+        space: Literal["parameters", "features"] = "parameters",
         **options: Any,
     ) -> None:
         super().__init__()
-        given = model.parameters() if isinstance(model, nn.Module) else model
-        trained = [parameter for parameter in given if parameter.requires_grad]
         self.rule = make_rule(rule, tasks, **options)
-        self._trained = tuple(trained)  # a tuple, so that they are not registered as this module's own
-        self.partition = Partition(trained, shared)
+        # tuples, so that they are not registered as this module's own
+        self._parameters_of = tuple(model.parameters() if isinstance(model, nn.Module) else model)
+        self._backbone = (backbone_of(model, space, shared),)
+        self.partition = Partition((torch.empty(0), *self._parameters_of), shared)  # the features come first
+        self._afterwards = Afterwards(model, self.rule)
         self.last = None
 
     def forward(self, losses: Losses, tasks: Sequence[str]) -> Mapping[str, Tensor]:
         check_tasks(tasks)
-        found = losses(tasks)
+        self._afterwards.keep(losses, tasks)
         if self.rule.needs == "losses":
-            return self._weighted(found)
-        gradients = task_gradients(found, self._trained)
+            return self._weighted(losses(tasks))
+        (backbone,) = self._backbone
+        found, cut = (losses(tasks), None) if backbone is None else cut_at(backbone, losses, tasks)
+        features = torch.empty(0) if cut is None else cut.features
+        gradients = task_gradients(found, [features, *self._parameters_of])
         places = self.partition.shared(gradients)
-        combined, self.last = combine(self.rule, gradients, places, found)
-        factors = own_factors(self.rule, self.last)
-        for i, parameter in enumerate(self._trained):
-            if combined[i] is None:
-                for row, factor in zip(gradients.values(), factors, strict=True):
-                    if (own := row[i]) is not None:
-                        combined[i] = own if factor == 1 else own * factor
-            parameter.grad = combined[i]
+        blocks = stacked(gradients, places)
+        combined, self.last = combine(self.rule, blocks, {task: found[task] for task in gradients})
+        for row, factor in zip(gradients.values(), own_factors(self.rule, self.last), strict=True):
+            for i, own in enumerate(row):
+                if own is not None:
+                    combined[i] = own if factor == 1 else own * factor
+        if cut is not None:
+            cut.down(combined, self._parameters_of)
+        for i, parameter in enumerate(self._parameters_of, 1):
+            parameter.grad = combined.get(i)
         return found
+
+    def stepped(self) -> None:
+        """Call it after the optimiser's step, as `allrounder.fit` does: rules that look back (`famo`) see the losses
+        of the step's batch once more, in one forward pass. Nothing happens for others."""
+        self._afterwards.show()
 
     def _weighted(self, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         tasks = list(found)
@@ -276,55 +248,17 @@ class Aggregate(nn.Module):
             if not loss.requires_grad:
                 raise InputError(f"the loss of task {task!r} has no graph; is its head detached?")
         weights = self.rule(None, values.detach(), tasks)
-        made = torch.autograd.grad((weights * values).sum(), self._trained, allow_unused=True)
-        for parameter, gradient in zip(self._trained, made, strict=True):
+        (row,) = task_gradients({"all": (weights * values).sum()}, self._parameters_of).values()
+        for parameter, gradient in zip(self._parameters_of, row, strict=True):
             parameter.grad = gradient  # of this step alone, as the other rules leave it
         self.last = Aggregated(tuple(tasks), weights, None)
         return found
 
+    def get_extra_state(self) -> list[list[str]]:
+        return self.partition.state()
 
-class Partition:
-    """Which parameters tasks share, as far as steps have shown it."""
-
-    def __init__(self, trained: Sequence[Tensor], shared: Iterable[Tensor] | None) -> None:
-        known_ids = {id(parameter) for parameter in trained}
-        self._given = None if shared is None else {id(parameter) for parameter in shared}
-        if self._given is not None and not self._given <= known_ids:
-            raise InputError("a parameter given as shared is not among those that the model trains")
-        self._trained = trained
-        self._reached: list[set[str]] = [set() for _ in trained]
-
-    def shared(self, gradients: Gradients) -> list[int]:
-        """Places of the shared parameters that a task of this step reaches.
-
-        Raises:
-            InputError: a task that reaches none of them, a parameter given as own that two tasks reach.
-        """
-        for task, row in gradients.items():
-            for i, gradient in enumerate(row):
-                if gradient is not None:
-                    self._reached[i].add(task)
-        now = [i for i in range(len(self._trained)) if any(row[i] is not None for row in gradients.values())]
-        if self._given is None:
-            places = [i for i in now if len(self._reached[i]) > 1]
-        else:
-            places = [i for i in now if id(self._trained[i]) in self._given]
-            for i in set(now) - set(places):
-                if len(self._reached[i]) > 1:
-                    raise InputError(
-                        f"a parameter of shape {tuple(self._trained[i].shape)} is not given as shared, but the tasks "
-                        f"{', '.join(sorted(self._reached[i]))} reach it"
-                    )
-        for task, row in gradients.items():
-            if len(gradients) > 1 and not any(row[i] is not None for i in places):
-                raise InputError(f"task {task!r} has no gradient on any shared parameter; is its head detached?")
-        return places
-
-
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises InputError for no tasks and for tasks named twice."""
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise InputError(f"a step needs tasks with different names, got {list(tasks)}")
+    def set_extra_state(self, state: list[list[str]]) -> None:
+        self.partition.load(state)
 
 
 def delta_m(

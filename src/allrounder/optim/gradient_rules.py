@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -53,10 +53,12 @@ class Rule(nn.Module):
         needs: `losses` when the Gramian is not looked at (it is then `None`), `gramian`, or `jacobian` (the rule then
             has `combine(jacobian)` instead).
         weighs_losses: whether a task's weight also holds for the parameters that only this task has.
+        looks_back: whether `after` wants the losses of the same batch once the step is made.
     """
 
     needs: ClassVar[Need] = "gramian"
     weighs_losses: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
 
     def __init__(self, *, seed: int = 0) -> None:
         super().__init__()
@@ -65,6 +67,9 @@ class Rule(nn.Module):
 
     def forward(self, gramian: Tensor | None, losses: Tensor, tasks: Sequence[str]) -> Tensor:
         raise NotImplementedError
+
+    def after(self, losses: Mapping[str, Tensor]) -> None:
+        """Task -> its loss on the step's batch, at the weights after the step; only if `looks_back`."""
 
     def reset(self) -> None:
         """Forget what earlier steps left."""

@@ -14,24 +14,35 @@ RandomState = list[Tensor]
 
 
 @contextmanager
-def perturbed(parameters: Sequence[Tensor], directions: Sequence[Tensor | None]) -> Iterator[None]:
-    """Parameters plus directions inside; the saved copies, and so the same bits, after it.
+def perturbed(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    *,
+    scale: float = 1.0,
+    kept: Sequence[Tensor] | None = None,
+) -> Iterator[None]:
+    """Parameters plus `scale` times directions inside; the saved copies, and so the same bits, after it.
 
     Args:
         parameters: changed in place.
         directions: one for each, `None` for no change.
+        scale: of all directions.
+        kept: copies of all parameters, where a caller has them; otherwise those that move are copied.
     """
-    moved = [(p, d) for p, d in zip(parameters, directions, strict=True) if d is not None]
-    kept = [p.detach().clone() for p, _ in moved]
+    places = [i for i, direction in enumerate(directions) if direction is not None]
+    if len(directions) != len(parameters):
+        raise ValueError(f"one direction for each of {len(parameters)} parameters, got {len(directions)}")
+    moved = [parameters[i] for i in places]
+    saved = [parameters[i].detach().clone() if kept is None else kept[i] for i in places]
     try:
         with torch.no_grad():
             if moved:
-                torch._foreach_add_([p for p, _ in moved], [d for _, d in moved])
+                torch._foreach_add_(moved, [directions[i] for i in places], alpha=scale)  # type: ignore[arg-type]
         yield
     finally:
         with torch.no_grad():
             if moved:
-                torch._foreach_copy_([p for p, _ in moved], kept)
+                torch._foreach_copy_(moved, saved)
 
 
 @contextmanager
