@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from . import merging
+from .architecture_entrants import ARCHITECTURES
 from .checkpoint import Weights
 from .contest import Bench, Count, Entrant, Outcome, Rate, Scale, Share, Steps, one_model, stored_bytes
 from .continual_entrants import IN_SEQUENCE
@@ -44,7 +45,7 @@ def _learned(bench: Bench, merge: merging.Merge) -> Outcome:
 
 @_entrant("base", "Base, zero-shot", "reference")
 def _base(bench: Bench) -> Outcome:
-    return one_model(bench, bench.base)
+    return Outcome(weights=bench.base, bytes=stored_bytes(bench.base))
 
 
 @_entrant("experts", "Each task's own expert", "reference")
@@ -237,19 +238,21 @@ def _tall_masks(bench: Bench) -> Outcome:
     def answer(inputs: Any, task: str) -> Tensor:
         nonlocal loaded
         if task != loaded:
-            bench.with_weights(archive.restore(task))
+            bench.with_weights(bench.settled(archive.restore(task), [task]))
             loaded = task
         return bench._work(inputs, task)
 
     low, high = min(archive.thresholds.values()), max(archive.thresholds.values())
-    return Outcome(answer=answer, bytes=archive.nbytes, note=f"thresholds {low:g} to {high:g}, chosen on validation")
+    running = {name: value for name, value in bench.base.items() if name.endswith(("running_mean", "running_var"))}
+    size = archive.nbytes + len(bench.experts) * stored_bytes(running)  # settled for each task
+    return Outcome(answer=answer, bytes=size, note=f"thresholds {low:g} to {high:g}, chosen on validation")
 
 
 @_entrant("twin-merging", "Twin-Merging", "chooses per input", "twin-merging")
 def _twin_merging(
     bench: Bench, *, rank_ratio: Share = 0.1, steps: Steps = 300, scale: Scale = 0.3, router_examples: Count = 400
 ) -> Outcome:
-    shared_expert = merging.task_arithmetic(bench.base, bench.experts, scale=scale)
+    shared_expert = bench.settled(merging.task_arithmetic(bench.base, bench.experts, scale=scale))
     twin = merging.TwinMerging(bench.model, bench.base, bench.experts, shared=shared_expert, rank_ratio=rank_ratio)
     twin.fit_router(
         {name: task.train for name, task in bench.suite.items()},
@@ -259,4 +262,4 @@ def _twin_merging(
     return Outcome(answer=lambda inputs, task: twin(inputs, task), bytes=twin.nbytes, note=f"rank ratio {rank_ratio:g}")
 
 
-ENTRANTS |= TOGETHER | IN_SEQUENCE
+ENTRANTS |= TOGETHER | ARCHITECTURES | IN_SEQUENCE

@@ -70,7 +70,7 @@ TITLES = {
     "mean": "mean of losses", "sum": "sum of losses", "rlw": "random loss weights", "dwa": "dynamic weight average",
     "uncertainty": "uncertainty weighting", "gradnorm": "GradNorm", "mgda": "MGDA", "pcgrad": "PCGrad",
     "gradvac": "GradVac", "cagrad": "CAGrad", "imtl-g": "IMTL-G", "nash": "Nash-MTL", "aligned": "Aligned-MTL",
-    "upgrad": "UPGrad", "graddrop": "GradDrop",
+    "upgrad": "UPGrad", "graddrop": "GradDrop", "famo": "FAMO",
 }  # fmt: skip
 
 for _rule in RULES:

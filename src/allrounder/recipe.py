@@ -14,7 +14,8 @@ from .errors import InputError
 
 __all__ = ["Recipe", "Training", "load_recipe"]
 
-SMALLER = {  # compressors that need a smaller model of the suite's kind
+SMALLER = {  # compressors that need the suite's kind of model, or a smaller one of it
+    **dict.fromkeys(("d-pruner", "sparsegpt", "wanda"), ("language",)),
     "ernie-tiny": ("text", "hub-text"),
     "dual-head": ("digits", "scripts", "images", "text", "hub-text"),
 }
@@ -45,15 +46,17 @@ class Recipe(_Strict):
 
     Args:
         title: heading of the report.
-        suite: `digits`, `scripts`, `images` (npz files), `text` (jsonl files), `hub-text` or `hub-images`
-            (Hugging Face data sets).
+        suite: `digits`, `scripts`, `images` (npz files), `text` (jsonl files), `language` (texts, for
+            causal language models), `hub-text` or `hub-images` (Hugging Face data sets).
         tasks: names of the tasks; for `images`, `text` and the hub the data sets. Default: all of the suite.
         data: folder of the data sets; default: the environment variable ALLROUNDER_DATA.
-        base: a model folder or hub id: a transformers encoder for `text` and `hub-text`, CLIP for
-            `hub-images`. The other suites make their own base when there is none.
+        network: of `scripts` and `images`: `conv` (default), or `resnet`, residual blocks with BatchNorm.
+        base: a model folder or hub id: a transformers encoder for `text` and `hub-text`, a causal language
+            model for `language`, CLIP for `hub-images`. The other suites make their own base when there is none.
         experts: task -> folder, file or hub id (or a LoRA adapter). Tasks without one are fine-tuned here.
-        train, validation, test: most examples a task in each split.
-        training: how missing experts are fine-tuned (`text` and hub suites).
+        train, validation, test: most examples a task in each split (`language`: rows).
+        length: tokens a row of `language`. Default: 128.
+        training: how missing experts are fine-tuned (`text`, `language` and hub suites).
         seed, seeds: the first seed and how many there are.
         methods: name -> options; a list of names for their defaults. `multitask` holds ways of training on all tasks
             together, `continual` ways of learning them one after another, likewise: `multitask: {pcgrad: {}}` is
@@ -62,14 +65,16 @@ class Recipe(_Strict):
     """
 
     title: str = "Specialists and one model"
-    suite: Literal["digits", "scripts", "images", "text", "hub-text", "hub-images"] = "digits"
+    suite: Literal["digits", "scripts", "images", "text", "language", "hub-text", "hub-images"] = "digits"
     tasks: list[str] | None = None
     data: str | None = None
+    network: Literal["conv", "resnet"] | None = None
     base: str | None = None
     experts: dict[str, str] = Field(default_factory=dict)
     train: Annotated[int, Field(ge=1)] | None = None
     validation: Annotated[int, Field(ge=1)] | None = None
     test: Annotated[int, Field(ge=1)] | None = None
+    length: Annotated[int, Field(ge=2)] | None = None
     training: Training = Field(default_factory=Training)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
@@ -105,16 +110,31 @@ def _methods(given: Any) -> Any:
     return found
 
 
+def _check_network(recipe: Recipe, where: str) -> None:
+    own = recipe.suite in ("scripts", "images")
+    if recipe.network is not None and not own:
+        raise InputError(f"{where}, network: is for the suites scripts and images; leave it out for {recipe.suite!r}")
+    if "genie" in recipe.compress and recipe.network != "resnet":
+        raise InputError(
+            f"{where}, compress.genie: Genie needs a network with BatchNorm: set 'network: resnet' with the suites "
+            "scripts or images, or use allrounder compress genie MODEL for a model of yours"
+        )
+
+
 def _check_methods(recipe: Recipe, where: str) -> None:
-    from .compressors import COMPRESSORS, ELSEWHERE
+    from .compressors import COMPRESSORS
     from .entrants import ENTRANTS
 
-    if elsewhere := [name for name in recipe.compress if name in ELSEWHERE]:
-        raise InputError(f"{where}, compress.{elsewhere[0]}: {ELSEWHERE[elsewhere[0]]}")
     for name, suites in SMALLER.items():
         if name in recipe.compress and recipe.suite not in suites:
             raise InputError(f"{where}, compress.{name}: is for the suites {', '.join(suites)}, not {recipe.suite!r}")
     _check_options(recipe.methods, {name: entrant.enter for name, entrant in ENTRANTS.items()}, f"{where}, methods")
+    for name in recipe.methods:
+        suites, network = ENTRANTS[name].suites, ENTRANTS[name].network
+        if suites and recipe.suite not in suites:
+            raise InputError(f"{where}, methods.{name}: is for the suites {', '.join(suites)}, not {recipe.suite!r}")
+        if network and recipe.network not in (None, network):
+            raise InputError(f"{where}, methods.{name}: is for 'network: {network}', not {recipe.network!r}")
     shrinks = {name: compressor.shrink for name, compressor in COMPRESSORS.items()}
     _check_options(recipe.compress, shrinks, f"{where}, compress")
 
@@ -172,5 +192,6 @@ def load_recipe(path: str | Path | None = None, **changes: Any) -> Recipe:
     except ValidationError as error:
         keys = [*Recipe.model_fields, *Training.model_fields]
         raise InputError(f"{where}, {_place(error, keys)}") from error
+    _check_network(recipe, where)
     _check_methods(recipe, where)
     return recipe

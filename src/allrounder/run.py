@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .errors import InputError
 from .recipe import Recipe
-from .steps import Step, bench_of, plan, plan_compression, work, write_json
+from .steps import Step, bench_of, enter, plan, plan_compression, work, write_json
 
 if TYPE_CHECKING:
     from .task import Suite
@@ -227,7 +227,6 @@ def _place(out: Path, step: Step) -> None:
 
 def _export(recipe: Recipe, report: dict[str, Any], stages: list[list[Step]], out: Path, device: str) -> None:
     """Write the chosen model's weights for the first seed, unless they stand there already."""
-    from .entrants import ENTRANTS
     from .saving import save
 
     name = report["chosen"]["method"]
@@ -237,7 +236,7 @@ def _export(recipe: Recipe, report: dict[str, Any], stages: list[list[Step]], ou
     if marker.is_file() and target.is_dir():
         return
     bench, setting = bench_of(recipe, recipe.seed, [step for stage in stages for step in stage], out, device)
-    weights: Any = ENTRANTS[name].enter(bench, **step.options).weights
+    weights: Any = enter(bench, name, step.options).weights
     complete = getattr(bench.model.backbone, "checkpoint", None)
     if complete is not None:
         weights = complete(weights)

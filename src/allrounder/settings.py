@@ -34,7 +34,8 @@ class Setting:
         make_base: makes the base model, with heads that stay fixed.
         make_expert: (base, task) -> a fine-tuned copy.
         make_joint: (base, progress, how) -> a copy trained on as many examples as all experts together. `how` takes
-            the copy and gives further arguments of `fit`: `sampler`, `update`, `optimiser`.
+            the copy and gives further arguments of `fit`: `sampler`, `update`, `optimiser`, and `model` for a network
+            made of the copy.
         tuning: how a specialist is fine-tuned: `lr`, `batch_size`, `weight_decay`, and `steps` or `epochs`.
         make_small: (model, share) -> a smaller model of the suite's kind with the model's heads, if there is one.
         files: the folder whose configuration and tokenizer belong to the base's weights, if it has one.
@@ -73,10 +74,10 @@ def _together(
 ) -> MultiTaskModel:
     """Train a copy on all tasks of the suite. A step on all K tasks counts as K: the same number of examples."""
     model = copy.deepcopy(base)
-    chosen = {} if how is None else how(model)
+    chosen: dict[str, Any] = {"model": model, **({} if how is None else how(model))}
     if chosen.get("sampler") == "all":
         steps = math.ceil(steps / len(suite))
-    return fit(model, suite, steps=steps, progress=progress, **options, **chosen)  # type: ignore[return-value]
+    return fit(suite=suite, steps=steps, progress=progress, **options, **chosen)  # type: ignore[return-value]
 
 
 def _train(
@@ -109,14 +110,15 @@ def _own(recipe: Recipe, seed: int) -> Setting:
             {"steps": 120, "lr": 3e-4, "batch_size": 128, "weight_decay": 0.0},
             lambda model, share: MultiTaskModel(digits_shape(suite, seed=seed, share=share).backbone, _heads(model)),
         )
-    from .nets.vision import EXPERT_LR, EXPERT_STEPS, conv_net, image_base, image_expert, script_base
+    from .nets.vision import EXPERT_LR, EXPERT_STEPS, NETWORKS, image_base, image_expert, script_base
 
+    network = recipe.network or "conv"
     if recipe.suite == "scripts":
         from .data.scripts import scripts
 
         sizes = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
         suite = _chosen(scripts(seed=seed, **{key: value for key, value in sizes.items() if value}), recipe)  # type: ignore[arg-type]
-        make_base = partial(script_base, suite, seed=seed)
+        make_base = partial(script_base, suite, seed=seed, network=network)
     else:
         from .data.images import image_suite
 
@@ -128,7 +130,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
             validation=recipe.validation,
             test=recipe.test,
         )
-        make_base = partial(image_base, suite, seed=seed)
+        make_base = partial(image_base, suite, seed=seed, network=network)
 
     return Setting(
         suite,
@@ -136,7 +138,7 @@ def _own(recipe: Recipe, seed: int) -> Setting:
         lambda base, task, progress: image_expert(base, suite, task, seed=seed, progress=progress),
         partial(_together, suite=suite, steps=EXPERT_STEPS * len(suite), lr=EXPERT_LR, seed=seed),
         {"steps": EXPERT_STEPS, "lr": EXPERT_LR, "batch_size": 128, "weight_decay": 0.0},
-        lambda model, share: MultiTaskModel(conv_net(seed=seed, share=share), _heads(model)),
+        lambda model, share: MultiTaskModel(NETWORKS[network](seed=seed, share=share), _heads(model)),
     )
 
 
@@ -175,6 +177,33 @@ def _text(recipe: Recipe, seed: int) -> Setting:
     )
 
 
+def _language(recipe: Recipe, seed: int) -> Setting:
+    from .data.causal import language_suite
+    from .nets.encoders import load_tokenizer
+    from .nets.language_model import CausalLM
+
+    if recipe.base is None or not recipe.tasks:
+        raise InputError("suite 'language' needs 'base', a causal language model, and 'tasks', the texts")
+    folder = resolve(recipe.base)
+    sizes = {key: getattr(recipe, key) for key in ("train", "validation", "test", "length")}
+    suite = language_suite(
+        recipe.tasks, tokenizer=load_tokenizer(folder, padding=False), folder=recipe.data, seed=seed,
+        **{key: value for key, value in sizes.items() if value},
+    )  # fmt: skip
+
+    def base() -> MultiTaskModel:
+        return MultiTaskModel(CausalLM(folder), {name: torch.nn.Identity() for name in suite})
+
+    return Setting(
+        suite,
+        base,
+        lambda model, task, progress: _train(recipe, suite, seed, model, [task], progress),
+        lambda model, progress, how: _train(recipe, suite, seed, model, list(suite), progress, how),
+        recipe.training.model_dump(),
+        files=folder,
+    )
+
+
 def _clip(recipe: Recipe, seed: int) -> Setting:
     from .data.hub import hub_image_suite
     from .nets.encoders import ClipImageEncoder, clip_heads, load_processor
@@ -206,7 +235,8 @@ def _cached(text: str, seed: int) -> Setting:
     recipe = Recipe.model_validate_json(text)
     if recipe.suite in ("digits", "scripts", "images"):
         return _own(recipe, seed)
-    return _clip(recipe, seed) if recipe.suite == "hub-images" else _text(recipe, seed)
+    makers = {"hub-images": _clip, "language": _language}
+    return makers.get(recipe.suite, _text)(recipe, seed)
 
 
 def make_setting(recipe: Recipe, seed: int) -> Setting:
@@ -230,7 +260,7 @@ def given_expert(base: MultiTaskModel, source: str, task: str) -> Weights:
 
     own = base.backbone.state_dict()
     names = getattr(base.backbone, "checkpoint_names", lambda: {name: name for name in own})()
-    stored = {names[name]: value for name, value in own.items()}
+    stored = {names[name]: value for name, value in own.items() if name in names}
     weights = open_weights(source, base=stored)
     if not set(stored) & set(weights):
         longer = {name.removesuffix(key) for key in stored for name in weights if name.endswith("." + key)}

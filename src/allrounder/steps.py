@@ -18,7 +18,7 @@ from typing import Any
 
 from .recipe import Recipe
 
-__all__ = ["Step", "bench_of", "plan", "plan_compression", "work", "write_json"]
+__all__ = ["Step", "bench_of", "enter", "plan", "plan_compression", "work", "write_json"]
 
 VERSION = "1"  # of the steps' meaning: raise it when a method's result changes
 
@@ -60,6 +60,10 @@ def _identity(source: str | None) -> Any:
 
 def _data(recipe: Recipe, tasks: list[str]) -> Any:
     """What the files of the tasks are now, in suites that read a data folder."""
+    if recipe.suite == "language":
+        from .data.causal import text_file
+
+        return [_identity(str(text_file(task, recipe.data))) for task in recipe.tasks or ()]
     if recipe.suite not in ("images", "text"):
         return None
     folder = Path(recipe.data or os.environ["ALLROUNDER_DATA"]).expanduser()
@@ -71,8 +75,10 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
     """Stages of steps; those of one stage are independent."""
     from .entrants import ENTRANTS
 
-    data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test")}
+    data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test", "length")}
     data |= {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
+    if recipe.network is not None:
+        data["network"] = recipe.network
     bases, experts, scores = [], [], []
     for seed in recipe.all_seeds:
         base = Step("base", seed, fingerprint=_fingerprint(data, seed))
@@ -154,7 +160,7 @@ def _shape(recipe: Recipe, setting: Any, seed: int) -> Any:
         return digits_shape(setting.suite)
     from .nets.vision import image_shape
 
-    return image_shape(setting.suite)
+    return image_shape(setting.suite, network=recipe.network or "conv")
 
 
 def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str, threads: int) -> tuple[Step, float]:
@@ -181,10 +187,8 @@ def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str
             weights = setting.make_expert(model, step.name, None).backbone.state_dict()
         _write_weights(path, dict(weights), {})
     elif step.kind == "merged":
-        from .entrants import ENTRANTS
-
         bench, _ = bench_of(recipe, step.seed, steps, out, device)
-        weights: Any = ENTRANTS[step.name].enter(bench, **step.options).weights
+        weights: Any = enter(bench, step.name, step.options).weights
         _write_weights(path, {name: weights[name] for name in weights}, {})
     elif step.kind == "compress":
         write_json(path, _compress(recipe, step, steps, out, device))
@@ -194,12 +198,15 @@ def work(recipe_text: str, step: Step, steps: list[Step], out: Path, device: str
 
 
 def bench_of(recipe: Recipe, seed: int, steps: list[Step], out: Path, device: str) -> Any:
+    from .checkpoint import tied
     from .contest import Bench
 
     setting, model, experts = _models(recipe, steps, seed, out, device)
     target = next(model.parameters()).device
     placed = {task: {name: value.to(target) for name, value in weights.items()} for task, weights in experts.items()}
-    base = {name: value.detach().clone() for name, value in model.backbone.state_dict().items()}
+    state = model.backbone.state_dict()
+    second = tied(state)
+    base = {name: value.detach().clone() for name, value in state.items() if name not in second}
 
     def joint(how: Any = None) -> Any:
         return setting.make_joint(model, None, how).backbone.state_dict()
@@ -207,18 +214,28 @@ def bench_of(recipe: Recipe, seed: int, steps: list[Step], out: Path, device: st
     return Bench(setting.suite, model, base, placed, joint, seed, setting.tuning), setting
 
 
+def enter(bench: Any, name: str, options: dict[str, Any]) -> Any:
+    """The outcome of one method."""
+    import warnings
+
+    from .entrants import ENTRANTS
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is a running statistic")  # the bench has estimated it again
+        return ENTRANTS[name].enter(bench, **options)
+
+
 def _compete(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: str) -> dict[str, Any]:
     """Enter one method: its scores on validation and test, what it stores, what it chose."""
     import warnings
 
-    from .entrants import ENTRANTS
     from .scoring import score
 
     bench, _ = bench_of(recipe, step.seed, steps, out, device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         start = time.perf_counter()
-        outcome = ENTRANTS[step.name].enter(bench, **step.options)
+        outcome = enter(bench, step.name, step.options)
         weights = None if outcome.weights is None else dict(outcome.weights)
         seconds = time.perf_counter() - start
     model: Any = outcome.answer if weights is None else bench.with_weights(weights)
@@ -292,6 +309,8 @@ def _matrices(bench: Any) -> dict[str, Any]:
     models = Aligned(bench.base, bench.experts)
     gram = torch.zeros(len(bench.experts), len(bench.experts), dtype=torch.float64)
     for name in models.float_names:
+        if name.endswith(("running_mean", "running_var")):
+            continue  # statistics of inputs, and no part of a task vector
         for _, deltas in models.deltas(name):
             gram += (deltas @ deltas.T).cpu().double()
     norm = gram.diagonal().clamp_min(1e-300).sqrt()

@@ -299,6 +299,53 @@ def test_the_update_adds_up_the_gradients_of_all_configurations():
         torch.testing.assert_close(found[task], F.cross_entropy(optimum[task], targets[task]))
 
 
+def test_stages_are_compared_with_as_many_leading_channels_of_the_widest():
+    encoder = mlp([6, 32, 16, 8], seed=9)
+    model, (x, targets) = build(encoder).double(), batch()
+    x = x.double()
+    slow = copy.deepcopy(model)
+    update = Sandwich(model, random=0, strength=0.7, stages=["1", "3"])
+    update(losses_of(model, x, targets), TASKS)
+
+    def steps(width):
+        with at_width(width):
+            found = [x]
+            for layer in slow.backbone:
+                found.append(layer(found[-1]))
+        return [found[2], found[4], found[5]]  # after each activation, and the features
+
+    total, teacher, narrow = 0.0, steps(1.0), steps(0.25)
+    assert [part.shape[1] for part in teacher + narrow] == [32, 16, 8, 8, 4, 8]
+    for ours, theirs in zip(narrow, teacher):
+        leading = theirs.detach()[:, : ours.shape[1]]
+        unit = [f / f.norm(dim=1, keepdim=True) for f in (ours, leading)]
+        total = total + len(TASKS) * 0.7 * (unit[0] - unit[1]).pow(2).sum(1).mean()
+    for task in TASKS:
+        total = total + F.cross_entropy(slow(x, task), targets[task])
+        total = total + F.cross_entropy(slow(x, task, slow.uniform(0.25)), targets[task])
+    total.backward()
+    for value, other in zip(model.parameters(), slow.parameters()):
+        torch.testing.assert_close(value.grad, other.grad)
+
+
+@pytest.mark.parametrize("kind", ["maps", "tokens"])
+def test_stages_of_maps_and_tokens_have_their_channels_in_their_places(kind):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "maps":
+        encoder, x, width = conv_net(seed=0), torch.rand(3, 1, 28, 28, generator=generator), 64
+    else:
+        encoder, x, width = mlp([6, 32, 16, 8], seed=9), torch.randn(3, 7, 6, generator=generator), 8
+    model = Controllable(encoder, {"a": mlp([width, 8], seed=0)}, x[:1])
+    plain = copy.deepcopy(model)
+    for one, stages in ((model, ["3"]), (plain, [])):  # a first layer is the same at every width
+        Sandwich(one, random=0, stages=stages)(lambda names, one=one: {"a": one(x, "a").square().mean()}, ["a"])
+    first, without = model.backbone[0].weight.grad, plain.backbone[0].weight.grad
+    assert first.isfinite().all()
+    narrow = 8  # channels of the narrowest
+    assert not torch.allclose(first[:narrow], without[:narrow], atol=1e-6)
+    torch.testing.assert_close(first[narrow:], without[narrow:])  # the widest gets no gradient from it
+
+
 def _features(model, x, width):
     with at_width(width):
         return model.backbone(x)
@@ -400,6 +447,10 @@ def test_raw_distances_are_accepted_behind_a_normalisation_alone():
     for tail in ([], [nn.Tanh()], [before]):
         with pytest.raises(InputError, match="run away"):
             Sandwich(build(nn.Sequential(first, nn.LayerNorm(32), activation, last, *tail)), distance="mse")
+    normed = build(nn.Sequential(first, nn.LayerNorm(32), activation, last, Normalize()))
+    Sandwich(normed, distance="mse", stages=["1", "2"])
+    with pytest.raises(InputError, match="run away"):
+        Sandwich(normed, distance="mse", stages=["0"])
 
 
 def test_recalibrated_batch_norms_have_the_statistics_of_the_batches():
@@ -488,6 +539,8 @@ def test_hypervolume_is_the_number_of_grid_cells_below_some_point(axes):
         (lambda m: Sandwich(m, random=-1), "at least 0"),
         (lambda m: Sandwich(m, strength=float("nan")), "at least 0"),
         (lambda m: Sandwich(m, distance="cosine"), "'normalised' or 'mse'"),
+        (lambda m: Sandwich(m, stages=["0", "relu"]), "the encoder has no module 'relu'"),
+        (lambda m: Sandwich(m, stages=[""]), "the encoder has no module ''"),
         (lambda m: Sandwich(m)(lambda names: {"a": torch.ones(())}, ["a"]), "did not call the model"),
         (lambda m: invariance(torch.zeros(2, 3), torch.zeros(2, 4)), "features are"),
         (lambda m: invariance(torch.zeros(2, 3), torch.zeros(2, 3), distance="l1"), "distance is"),

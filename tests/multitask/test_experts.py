@@ -121,6 +121,19 @@ def test_cgc_is_one_level_of_ple():
     assert all(torch.equal(cgc(inputs())[t], ple(inputs())[t]) for t in TASKS)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_towers_may_end_in_several_outputs(head):
+    model, single, x = make(head, outputs=4), make(head), inputs()
+    found = model(x)
+    assert all(logits.shape == (5, 4) for logits in found.values())
+    last = [f"towers.{i}.2.{kind}" for i in range(len(TASKS)) for kind in ("weight", "bias")]
+    for column in range(4):  # each column is what a tower of one logit would give
+        state = model.state_dict()
+        single.load_state_dict(state | {name: state[name][column : column + 1] for name in last})
+        for task, logits in single(x).items():
+            torch.testing.assert_close(found[task][:, column], logits)
+
+
 def test_one_expert_makes_mmoe_a_shared_bottom():
     mmoe, bottom = make(functools.partial(MMoE, experts=1)), make(SharedBottom)
     bottom.bottom.load_state_dict(mmoe.experts.state_dict())

@@ -122,6 +122,17 @@ def test_tasks_meet_in_experts_and_backbone_only():
     assert all(p.grad is None for p in model.heads["depth"].parameters())
 
 
+@pytest.mark.parametrize("kind", [TaskExpert, SharedDecoder])
+def test_with_another_normalisation_images_do_not_see_each_other_in_training(kind):
+    def alone_and_together(**options):
+        model = kind(TASKS, (5, 6), width=4, **options)
+        one = model([part[:1] for part in maps()], size=(8, 8))["seg"]
+        return one, model(maps(), size=(8, 8))["seg"][:1]
+
+    torch.testing.assert_close(*alone_and_together(norm=lambda channels: nn.GroupNorm(channels // 2, channels)))
+    assert not torch.allclose(*alone_and_together(), atol=1e-3)  # BatchNorm
+
+
 def test_chosen_tasks_are_bit_identical():
     model = decoder().eval()
     both, one = model(maps(), size=(8, 8)), model(maps(), size=(8, 8), tasks=["depth"])

@@ -34,6 +34,34 @@ def test_features_lie_on_the_unit_sphere():
     assert sum(p.numel() for p in net.parameters()) < 150_000
 
 
+def test_the_residual_network_is_small_traceable_and_halves():
+    from allrounder.compression.tracing import norms, trace
+
+    net, images = vision.res_net(seed=0), torch.rand(7, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(net(images).norm(dim=1), torch.ones(7))
+    assert sum(p.numel() for p in net.parameters()) == 78_512
+    graph = trace(net, (1, 28, 28))
+    assert len(norms(graph)) == 7
+    torch.testing.assert_close(graph(images), net.eval()(images), rtol=1e-4, atol=1e-5)
+    half = vision.res_net(seed=0, share=0.5)
+    assert half(images).shape == (7, 64)
+    assert half[0].conv1.out_channels == 8
+    state = torch.get_rng_state()
+    assert not torch.equal(vision.res_net(seed=1)[0].conv1.weight, net[0].conv1.weight)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ar.InputError, match="three stages that do not shrink"):
+        ar.nets.CifarResNet(8, widths=(16, 8, 64))
+
+
+def test_a_base_with_batchnorm_and_its_shape(suite, monkeypatch):
+    monkeypatch.setattr(vision, "BASE_STEPS", 2)
+    monkeypatch.setattr(vision, "blocks", lambda seed: blocks(seed=seed, train=200, validation=1))
+    base = image_base(suite, seed=2, network="resnet")
+    copied = load_weights(image_shape(suite, seed=9, network="resnet"), base.state_dict()).eval()
+    inputs = suite["arrows"].test.inputs
+    assert torch.equal(copied(inputs, "arrows"), base(inputs, "arrows"))
+
+
 def test_a_seed_gives_the_network_and_moves_nothing_global():
     state = torch.get_rng_state()
     nets = [conv_net(seed=seed).state_dict() for seed in (0, 0, 1)]

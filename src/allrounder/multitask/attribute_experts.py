@@ -76,19 +76,22 @@ class AttributeLinear(nn.Module):
         best = scores.topk(self.top)
         return torch.zeros_like(scores).index_put((best.indices,), best.values.softmax(0))
 
+    def mixed(self, attributes: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight `(fan_out, fan_in)` and bias `(fan_out,)` for one description `(A,)`, with their gradients."""
+        gates = self.gates(attributes)
+        return torch.einsum("e,eoi->oi", gates, self.weight), gates @ self.bias
+
     def forward(self, x: Tensor, attributes: Tensor) -> Tensor:
         """`x` `(..., fan_in)` whose tokens all have one description `(A,)` -> `(..., fan_out)`."""
-        gates = self.gates(attributes)
-        return F.linear(x, torch.einsum("e,eoi->oi", gates, self.weight), gates @ self.bias)
+        return F.linear(x, *self.mixed(attributes))
 
     def merged(self, attributes: Tensor) -> nn.Linear:
         """The ordinary layer that this one is for tokens of one description."""
-        gates = self.gates(attributes).detach()
         _, fan_out, fan_in = self.weight.shape
         layer = nn.Linear(fan_in, fan_out, dtype=self.weight.dtype, device="meta").to_empty(device=self.weight.device)
         with torch.no_grad():
-            layer.weight.copy_(torch.einsum("e,eoi->oi", gates, self.weight))
-            layer.bias.copy_(gates @ self.bias)
+            for value, found in zip((layer.weight, layer.bias), self.mixed(attributes), strict=True):
+                value.copy_(found)
         return layer
 
 

@@ -43,9 +43,13 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nets.multitask import MultiTaskModel
 from ..nets.slimmable import WIDTHS, at_width, checked_widths, forward_flops, sub_network, to_slimmable
+from ..nets.taps import tapped
 from ..task import to_device
 
-__all__ = ["Configuration", "Controllable", "hypervolume"]
+__all__ = ["Configuration", "Controllable", "Place", "hypervolume"]
+
+Place = str | tuple[str, str]
+"""A task, for its features, or a task and a module of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ class Configuration:
 
 @dataclass
 class _Pass:
-    """What one forward pass of all tasks runs at, and the features it leaves: task -> `(N, ...)`."""
+    """What one forward pass of all tasks runs at, and the features it leaves, as `running` gives them."""
 
     model: Controllable
     configuration: Configuration
-    features: dict[str, Tensor] = field(default_factory=dict)
+    stages: Sequence[str] = ()
+    features: dict[Place, Tensor] = field(default_factory=dict)
 
 
 _PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
@@ -129,20 +134,24 @@ class Controllable(MultiTaskModel):
         now = _PASS.get()
         now = now if now is not None and now.model is self and configuration is None else None
         chosen = now.configuration if now is not None else self._checked(configuration or self.uniform(1.0))
-        with at_width(chosen.encoder):
+        with at_width(chosen.encoder), tapped(self.backbone, () if now is None else now.stages) as seen:
             features = self.backbone(inputs)
         if now is not None:
-            now.features[task] = features
+            now.features |= {task: features, **{(task, stage): output for stage, output in seen.items()}}
         with at_width(chosen.decoders[task]):
             return self.heads[task](features)
 
     @contextmanager
-    def running(self, configuration: Configuration) -> Iterator[dict[str, Tensor]]:
+    def running(self, configuration: Configuration, *, stages: Sequence[str] = ()) -> Iterator[dict[Place, Tensor]]:
         """`model(x, task)` inside runs at this configuration; gives the encoder's features of each task's last call.
 
         It holds in this thread (context) alone.
+
+        Args:
+            configuration: of this model.
+            stages: modules of the encoder, as in `named_modules()`, whose outputs are given too, as (task, stage).
         """
-        now = _Pass(self, self._checked(configuration))
+        now = _Pass(self, self._checked(configuration), stages)
         token = _PASS.set(now)
         try:
             yield now.features

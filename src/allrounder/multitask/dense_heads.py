@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,24 @@ from ..errors import InputError
 __all__ = ["DenseHead", "DensePredictor", "SharedDecoder", "aligned", "check_decoder", "conv_block", "tokens_to_map"]
 
 
-def conv_block(fan_in: int, fan_out: int, *, groups: int = 1) -> nn.Sequential:
-    """3 x 3 convolution of the same size, BatchNorm, GELU."""
+Norm = Callable[[int], nn.Module]
+"""Channels -> a normalisation of maps. BatchNorm wants all tasks to see the same images; where each task has inputs of
+its own, statistics of its batches in training are not the running ones of all tasks, and GroupNorm is the choice."""
+
+
+def conv_block(fan_in: int, fan_out: int, *, groups: int = 1, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
+    """3 x 3 convolution of the same size, normalisation, GELU."""
     conv = nn.Conv2d(fan_in, fan_out, 3, padding=1, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(fan_out), nn.GELU())
+    return nn.Sequential(conv, norm(fan_out), nn.GELU())
 
 
 class DenseHead(nn.Module):
     """A map of features to a map of outputs: enlarge, 3 x 3 block, 1 x 1 convolution."""
 
-    def __init__(self, width: int, outputs: int, *, upsample: int = 1) -> None:
+    def __init__(self, width: int, outputs: int, *, upsample: int = 1, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.upsample, self.block, self.out = upsample, conv_block(width, width), nn.Conv2d(width, outputs, 1)
+        self.upsample, self.block = upsample, conv_block(width, width, norm=norm)
+        self.out = nn.Conv2d(width, outputs, 1)
 
     def forward(self, features: Tensor, size: Sequence[int]) -> Tensor:
         """`(N, D, h, w)` -> `(N, outputs, *size)`."""
@@ -92,11 +98,19 @@ class SharedDecoder(nn.Module):
         channels: of each tap of the backbone.
         width: D.
         upsample: enlarges the features before the heads.
+        norm: channels -> normalisation, BatchNorm by default.
         seed: of the initial weights.
     """
 
     def __init__(
-        self, tasks: Mapping[str, int], channels: Sequence[int], *, width: int = 64, upsample: int = 1, seed: int = 0
+        self,
+        tasks: Mapping[str, int],
+        channels: Sequence[int],
+        *,
+        width: int = 64,
+        upsample: int = 1,
+        norm: Norm = nn.BatchNorm2d,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         check_decoder(tasks, channels, width)
@@ -104,8 +118,10 @@ class SharedDecoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.project = nn.ModuleList(nn.Conv2d(given, width, 1) for given in channels)
-            self.block = conv_block(width, width)
-            self.heads = nn.ModuleDict({task: DenseHead(width, n, upsample=upsample) for task, n in tasks.items()})
+            self.block = conv_block(width, width, norm=norm)
+            self.heads = nn.ModuleDict(
+                {task: DenseHead(width, n, upsample=upsample, norm=norm) for task, n in tasks.items()}
+            )
 
     def forward(
         self, features: Sequence[Tensor], *, size: Sequence[int], tasks: Sequence[str] | None = None

@@ -45,9 +45,10 @@ class _Head(nn.Module):
             if size < 1:
                 raise InputError(f"{name} must be at least 1, got {size}")
 
-    def _towers(self, hidden: int, tower: int) -> None:
+    def _towers(self, hidden: int, tower: int, outputs: int | None) -> None:
+        self.single = outputs is None
         self.towers = nn.ModuleList(
-            nn.Sequential(nn.Linear(hidden, tower), nn.ReLU(), nn.Linear(tower, 1)) for _ in self.tasks
+            nn.Sequential(nn.Linear(hidden, tower), nn.ReLU(), nn.Linear(tower, outputs or 1)) for _ in self.tasks
         )
 
     def _stacked(self, x: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -69,9 +70,14 @@ class _Head(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`x` of shape `(N, in_features)` for all tasks, or one such tensor a task; returns task -> logits `(N,)`."""
+        """`x` of shape `(N, in_features)` for all tasks, or one such tensor a task.
+
+        Returns:
+            Task -> logits `(N,)`, or `(N, outputs)` where the head was made with `outputs`.
+        """
         hidden = self._hidden(self._stacked(x)).expand(len(self.tasks), -1, -1)
-        return {t: tower(h)[..., 0] for t, tower, h in zip(self.tasks, self.towers, hidden, strict=True)}
+        made = {t: tower(h) for t, tower, h in zip(self.tasks, self.towers, hidden, strict=True)}
+        return {t: logits[..., 0] for t, logits in made.items()} if self.single else made
 
 
 class _Experts(nn.Module):
@@ -90,6 +96,10 @@ def _mix(gate: Tensor, experts: Tensor) -> Tensor:
     return (gate.softmax(-1).unsqueeze(-1) * experts).sum(-2)
 
 
+def _sizes(outputs: int | None, **sizes: int) -> dict[str, int]:
+    return sizes if outputs is None else {**sizes, "outputs": outputs}
+
+
 class SharedBottom(_Head):
     """One layer for all tasks, then a tower each.
 
@@ -97,6 +107,7 @@ class SharedBottom(_Head):
         in_features: width of the input.
         tasks: their names.
         hidden, tower: units of the bottom and of each tower.
+        outputs: what each tower ends in. Default: one logit without a dimension of its own.
         seed: of the initial weights.
 
     Raises:
@@ -108,13 +119,20 @@ class SharedBottom(_Head):
     """
 
     def __init__(
-        self, in_features: int, tasks: Sequence[str], *, hidden: int = 16, tower: int = 16, seed: int = 0
+        self,
+        in_features: int,
+        tasks: Sequence[str],
+        *,
+        hidden: int = 16,
+        tower: int = 16,
+        outputs: int | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(in_features, tasks, {"hidden": hidden, "tower": tower})
+        super().__init__(in_features, tasks, _sizes(outputs, hidden=hidden, tower=tower))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.bottom = _Experts(in_features, hidden, 1)
-            self._towers(hidden, tower)
+            self._towers(hidden, tower, outputs)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.bottom(x)[..., 0, :]
@@ -124,7 +142,7 @@ class MMoE(_Head):
     """Multi-gate mixture of experts: every task mixes the same experts by a gate of its own, for each row.
 
     Args:
-        in_features, tasks, hidden, tower, seed: as for `SharedBottom`; `hidden` is for each expert.
+        in_features, tasks, hidden, tower, outputs, seed: as for `SharedBottom`; `hidden` is for each expert.
         experts: how many.
     """
 
@@ -136,14 +154,15 @@ class MMoE(_Head):
         experts: int = 3,
         hidden: int = 16,
         tower: int = 16,
+        outputs: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(in_features, tasks, {"experts": experts, "hidden": hidden, "tower": tower})
+        super().__init__(in_features, tasks, _sizes(outputs, experts=experts, hidden=hidden, tower=tower))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.experts = _Experts(in_features, hidden, experts)
             self.gates = nn.ModuleList(nn.Linear(in_features, experts, bias=False) for _ in self.tasks)
-            self._towers(hidden, tower)
+            self._towers(hidden, tower, outputs)
 
     def _hidden(self, x: Tensor) -> Tensor:
         inputs = x.expand(len(self.tasks), -1, -1)
@@ -179,7 +198,7 @@ class PLE(_Head):
     """Progressive layered extraction: levels of task experts and shared experts; a task never reads another's experts.
 
     Args:
-        in_features, tasks, hidden, tower, seed: as for `SharedBottom`; `hidden` is for each expert.
+        in_features, tasks, hidden, tower, outputs, seed: as for `SharedBottom`; `hidden` is for each expert.
         own: experts of each task, in each level.
         shared: experts of all tasks, in each level.
         levels: 1 is `CGC`.
@@ -195,17 +214,18 @@ class PLE(_Head):
         levels: int = 2,
         hidden: int = 16,
         tower: int = 16,
+        outputs: int | None = None,
         seed: int = 0,
     ) -> None:
         sizes = {"own": own, "shared": shared, "levels": levels, "hidden": hidden, "tower": tower}
-        super().__init__(in_features, tasks, sizes)
+        super().__init__(in_features, tasks, _sizes(outputs, **sizes))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.levels = nn.ModuleList(
                 _Level(hidden if i else in_features, len(self.tasks), hidden, own, shared, i == levels - 1)
                 for i in range(levels)
             )
-            self._towers(hidden, tower)
+            self._towers(hidden, tower, outputs)
 
     def _hidden(self, x: Tensor) -> Tensor:
         common: Tensor | None = None
@@ -226,6 +246,8 @@ class CGC(PLE):
         shared: int = 1,
         hidden: int = 16,
         tower: int = 16,
+        outputs: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(in_features, tasks, own=own, shared=shared, levels=1, hidden=hidden, tower=tower, seed=seed)
+        sizes = {"own": own, "shared": shared, "hidden": hidden, "tower": tower, "outputs": outputs}
+        super().__init__(in_features, tasks, levels=1, seed=seed, **sizes)

@@ -18,7 +18,7 @@ from ..nets.multitask import Normalize
 from ..nets.slimmable import layers_of
 from ..nets.slimmable_layers import SlimmableBatchNorm, SlimmableTransformerLayer
 from ..train import Losses
-from .controllable import Configuration, Controllable
+from .controllable import Configuration, Controllable, Place
 
 __all__ = ["Sandwich", "invariance"]
 
@@ -59,11 +59,14 @@ class Sandwich:
         model: what `losses` runs.
         random: random configurations a step, >= 0. With 0, widths in between stay untrained.
         strength: of the distillation, >= 0.
-        distance: as in `invariance`. `mse` needs an encoder that ends in a normalisation.
+        distance: as in `invariance`. `mse` needs an encoder, and stages, that end in a normalisation.
+        stages: modules of the encoder, as in `named_modules()`, whose outputs are compared too, each with `strength`:
+            narrow ones with as many leading channels of the widest. Channels are the last dimension of `(N, T, C)`,
+            the second otherwise. Paper: not stated. Default: none, the encoder's features alone.
         seed: of the random configurations.
 
     Raises:
-        InputError: values out of range, raw distances of features that nothing bounds.
+        InputError: values out of range, stages that the encoder lacks, raw distances of features that nothing bounds.
     """
 
     def __init__(
@@ -73,18 +76,23 @@ class Sandwich:
         random: int = 1,
         strength: float = 0.1,
         distance: Literal["normalised", "mse"] = "normalised",
+        stages: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         if random < 0 or not (math.isfinite(strength) and strength >= 0):
             raise InputError(f"random and strength are at least 0, got random={random}, strength={strength}")
         if distance not in ("normalised", "mse"):
             raise InputError(f"distance is 'normalised' or 'mse', got {distance!r}")
-        if distance == "mse" and not _bounded(model.backbone):
+        there = dict(model.backbone.named_modules())
+        if missing := [stage for stage in stages if not stage or stage not in there]:
+            raise InputError(f"the encoder has no module {missing[0]!r}; stages are names in its named_modules()")
+        if distance == "mse" and not all(_bounded(model.backbone, stage) for stage in ("", *stages)):
             raise InputError(
-                "distance='mse' makes features without normalisation run away; end the encoder with a BatchNorm, "
-                "LayerNorm or Normalize, or use 'normalised'"
+                "distance='mse' makes features without normalisation run away; end the encoder and every stage with a "
+                "BatchNorm, LayerNorm or Normalize, or use 'normalised'"
             )
         self.model, self.random, self.strength, self.distance = model, random, strength, distance
+        self.stages = tuple(stages)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, losses: Losses, tasks: Sequence[str]) -> Mapping[str, Tensor]:
@@ -104,18 +112,22 @@ class Sandwich:
         ]
 
     def _backward(
-        self, losses: Losses, tasks: Sequence[str], configuration: Configuration, teacher: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        self,
+        losses: Losses,
+        tasks: Sequence[str],
+        configuration: Configuration,
+        teacher: Mapping[Place, Tensor],
+    ) -> tuple[Mapping[str, Tensor], dict[Place, Tensor]]:
         """Losses and features of one configuration."""
-        with self.model.running(configuration) as features:
+        with self.model.running(configuration, stages=self.stages) as features:
             found = losses(tasks)
         missing = [task for task in tasks if task not in features]
         if missing:
             raise InputError(f"the losses of task {missing[0]!r} did not call the model that Sandwich was given")
         total = torch.stack(list(found.values())).sum()
         if self.strength:
-            for task in teacher:
-                apart = invariance(features[task], teacher[task], distance=self.distance)  # type: ignore[arg-type]
+            for place, wide in teacher.items():
+                apart = invariance(features[place], _leading(wide, features[place]), distance=self.distance)  # type: ignore[arg-type]
                 total = total + self.strength * apart
         total.backward()
         widths = (configuration.encoder, *(configuration.decoders[task] for task in self.model.heads))
@@ -125,9 +137,19 @@ class Sandwich:
         return found, features
 
 
-def _bounded(encoder: nn.Module) -> bool:
-    """Whether nothing with weights comes after the last normalisation."""
-    for _, layer in reversed(list(layers_of(encoder))):
+def _leading(wide: Tensor, narrow: Tensor) -> Tensor:
+    """As many channels of the widest as the narrow features have."""
+    channels = 2 if narrow.ndim == 3 else 1
+    return wide.narrow(channels, 0, narrow.shape[channels])
+
+
+def _bounded(encoder: nn.Module, stage: str = "") -> bool:
+    """Whether nothing with weights comes after the last normalisation, up to a stage."""
+    layers = list(layers_of(encoder))
+    if stage:
+        names = [name for name, _ in layers]
+        layers = layers[: names.index(stage) + 1] if stage in names else []
+    for _, layer in reversed(layers):
         if isinstance(layer, SlimmableTransformerLayer):
             return not layer.norm_first
         if isinstance(layer, NORMS):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .dense_heads import DenseHead, aligned, check_decoder, conv_block
+from .dense_heads import DenseHead, Norm, aligned, check_decoder, conv_block
 
 __all__ = ["TaskExpert"]
 
@@ -34,11 +34,13 @@ __all__ = ["TaskExpert"]
 class _Tap(nn.Module):
     """The memorial mixture of experts at one depth; all experts, and all tasks, in one grouped convolution each."""
 
-    def __init__(self, tasks: int, channels: int, width: int, experts: int, dynamic: bool, memory: bool) -> None:
+    def __init__(
+        self, tasks: int, channels: int, width: int, experts: int, dynamic: bool, memory: bool, norm: Norm
+    ) -> None:
         super().__init__()
         self.tasks, self.experts = tasks, experts
         wide, all_tasks = experts * width, tasks * width
-        self.decompose = nn.Sequential(nn.Conv2d(channels, wide, 1), *conv_block(wide, wide, groups=experts))
+        self.decompose = nn.Sequential(nn.Conv2d(channels, wide, 1), *conv_block(wide, wide, groups=experts, norm=norm))
         if dynamic:
             self.gate = nn.Sequential(
                 nn.Conv1d(tasks * (channels + width), all_tasks, 1, groups=tasks),
@@ -49,7 +51,7 @@ class _Tap(nn.Module):
             self.gate = None
             self.shared = nn.Parameter(torch.zeros(tasks, experts + 1))
         self.read = nn.Conv2d(all_tasks, all_tasks, 1, groups=tasks) if memory else None
-        self.refine = conv_block(all_tasks, all_tasks, groups=tasks)
+        self.refine = conv_block(all_tasks, all_tasks, groups=tasks, norm=norm)
         self.write = nn.Conv2d(all_tasks, all_tasks, 1, groups=tasks)
 
     def shares(self, features: Tensor, codes: Tensor) -> Tensor:
@@ -82,6 +84,8 @@ class TaskExpert(nn.Module):
         dynamic: gates that see the image and the task. `False`: free shares for each task and tap, the ablation.
         memory: whether a tap reads what earlier ones wrote. `False`: what the taps write is summed, the ablation.
         upsample: enlarges the last memory before the heads (4 for a transformer with patches of 16).
+        norm: channels -> normalisation, BatchNorm by default. One that mixes channels must not mix those of different
+            tasks and experts: GroupNorm with a divisor of `width` as channels of a group.
         seed: of the initial weights.
 
     Raises:
@@ -98,6 +102,7 @@ class TaskExpert(nn.Module):
         dynamic: bool = True,
         memory: bool = True,
         upsample: int = 1,
+        norm: Norm = nn.BatchNorm2d,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -109,9 +114,11 @@ class TaskExpert(nn.Module):
             torch.manual_seed(seed)
             self.codes = nn.Parameter(torch.randn(len(tasks), width))
             self.taps = nn.ModuleList(
-                _Tap(len(tasks), c, width, experts, dynamic, memory and i > 0) for i, c in enumerate(channels)
+                _Tap(len(tasks), c, width, experts, dynamic, memory and i > 0, norm) for i, c in enumerate(channels)
             )
-            self.heads = nn.ModuleDict({task: DenseHead(width, n, upsample=upsample) for task, n in tasks.items()})
+            self.heads = nn.ModuleDict(
+                {task: DenseHead(width, n, upsample=upsample, norm=norm) for task, n in tasks.items()}
+            )
 
     def _shares(self, i: int, features: Tensor, codes: Tensor | None) -> Tensor:
         tap = self.taps[i]

@@ -1,4 +1,4 @@
-"""The small vision network of the suites `scripts` and `images`: its base model, heads and specialists.
+"""The small vision networks of the suites `scripts` and `images`: base model, heads and specialists.
 
 Four strided 3 x 3 convolutions with GroupNorm and ReLU and a linear layer take `(N, 1, 28, 28)` to features
 on the unit sphere in 64 dimensions: 130 thousand parameters, about 20 ms a training step of 128 on one core.
@@ -6,6 +6,10 @@ GroupNorm and not BatchNorm: a merged model is then given by its weights alone, 
 merging papers are. Running statistics are no parameters: the average of variances is not the variance of the
 averaged network (REPAIR, 2022, arXiv 2211.08403), and task arithmetic with `scale * tasks > 1` can make them
 negative, so that a comparison of merge rules would measure that instead.
+
+`network="resnet"` is there for what needs BatchNorm (Genie): a CIFAR ResNet of 8 layers on grey images, its first
+convolution strided, 79 thousand parameters. Running statistics of what is merged are then estimated anew
+(`contest.Bench.settled`). Its schedule and heads are those of the other network, set before it was; nothing was tuned.
 
 The regime was set by the accuracies of the base alone, before any merge method was run on these suites.
 The base learns other glyphs (`data.scripts.blocks`: capitals, Braille, Hebrew, ...), never a task's own
@@ -32,9 +36,13 @@ from ..data.scripts import blocks
 from ..errors import InputError
 from ..task import Examples, Suite
 from ..train import fit
+from .cifar_resnet import CifarResNet
 from .multitask import MultiTaskModel, Normalize, class_head
 
-__all__ = ["EXPERT_LR", "EXPERT_STEPS", "conv_net", "image_base", "image_expert", "image_shape", "script_base"]
+__all__ = [
+    "EXPERT_LR", "EXPERT_STEPS", "NETWORKS", "conv_net", "image_base", "image_expert", "image_shape", "res_net",
+    "script_base",
+]  # fmt: skip
 
 CHANNELS = (1, 16, 32, 64, 128)
 WIDTH = 64
@@ -67,10 +75,20 @@ def conv_net(*, seed: int, share: float = 1.0) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def image_shape(suite: Suite, *, seed: int = 0) -> MultiTaskModel:
-    """The untrained model: `conv_net` and a head of the right size for each task, to load weights into."""
+def res_net(*, seed: int, share: float = 1.0) -> nn.Sequential:
+    """The same with BatchNorm and residual blocks: `(N, 1, 28, 28)` -> `(N, 64)` of unit length."""
+    widths = [max(4, 4 * round(share * channels / 4)) for channels in (16, 32, 64)]
+    return nn.Sequential(CifarResNet(8, classes=WIDTH, channels=1, widths=widths, stride=2, seed=seed), Normalize())
+
+
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {"conv": conv_net, "resnet": res_net}
+"""What a recipe's `network` may be: `(seed=, share=)` -> untrained backbone."""
+
+
+def image_shape(suite: Suite, *, seed: int = 0, network: str = "conv") -> MultiTaskModel:
+    """The untrained model: a backbone and a head of the right size for each task, to load weights into."""
     heads = {name: class_head(torch.ones(task.outputs, WIDTH), temperature=TEMPERATURE) for name, task in suite.items()}
-    return MultiTaskModel(conv_net(seed=seed), heads)
+    return MultiTaskModel(NETWORKS[network](seed=seed), heads)
 
 
 def _noise(name: str, classes: int, seed: int) -> Tensor:
@@ -88,29 +106,30 @@ def _class_directions(backbone: nn.Module, examples: Examples, classes: int) -> 
     return F.normalize(means - means.mean(0), dim=1)
 
 
-def _pretrained(seed: int, progress: Progress) -> nn.Module:
+def _pretrained(seed: int, network: str, progress: Progress) -> nn.Module:
     suite = blocks(seed=seed)
     heads = {
         name: class_head(_noise(name, task.outputs, seed), temperature=TEMPERATURE) for name, task in suite.items()
     }  # fmt: skip
-    model = MultiTaskModel(conv_net(seed=seed), heads)
+    model = MultiTaskModel(NETWORKS[network](seed=seed), heads)
     fit(model, suite, steps=BASE_STEPS, lr=BASE_LR, schedule="cosine", seed=seed, progress=progress)
     return model.backbone
 
 
-def image_base(suite: Suite, *, seed: int = 0, progress: Progress = None) -> MultiTaskModel:
+def image_base(suite: Suite, *, seed: int = 0, network: str = "conv", progress: Progress = None) -> MultiTaskModel:
     """The base model with its fixed heads, in about 20 s on one core.
 
     Args:
         suite: tasks of 28 x 28 grey images whose training splits are `Examples`.
         seed: of initial weights, pretraining glyphs and head noise.
+        network: `conv` or `resnet`.
         progress: called with (steps done, steps).
 
     Returns:
         A model pretrained on other glyphs: 600 AdamW steps, lr 2e-3 falling to zero as a cosine, batch 128, one
         block of Unicode a step in turn.
     """
-    backbone = _pretrained(seed, progress)
+    backbone = _pretrained(seed, network, progress)
     heads = {}
     for name, task in suite.items():
         directions = _class_directions(backbone, task.train, task.outputs)  # type: ignore[arg-type]
