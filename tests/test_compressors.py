@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import allrounder as ar
+from allrounder import compressors
 from allrounder.compression import restore_weights, round_weights
+from allrounder.compression.quantized import QuantizedNetwork
 from allrounder.compressors import COMPRESSORS, SmallBench, write_smaller
-from allrounder.contest import stored_bytes
+from allrounder.contest import settle, stored_bytes
 from allrounder.data.digits import digits, digits_base, digits_shape
-from allrounder.nets.multitask import MultiTaskModel
+from allrounder.data.scripts import scripts
+from allrounder.nets.multitask import MultiTaskModel, class_head
+from allrounder.nets.vision import _noise, res_net
 from allrounder.recipe import load_recipe
 from allrounder.run import run
 
@@ -66,6 +70,55 @@ def test_the_taught_model_learns_from_both_and_needs_no_auxiliary_head(bench):
     assert found.model.backbone[0][0].out_features == 128
     scores = ar.score(found.model, bench.suite)
     assert min(scores.values()) > 0.5
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    suite = scripts(seed=0, train=300, validation=100, test=100).only(["digits", "arrows"])
+    heads = {n: class_head(_noise(n, task.outputs, 0), temperature=0.1) for n, task in suite.items()}
+    model = MultiTaskModel(res_net(seed=0), heads)
+    ar.fit(model, suite, steps=40, lr=3e-3, seed=0)
+    settle(model.backbone, suite, 0)
+    tuning = {"steps": 3, "lr": 1e-3, "batch_size": 32, "weight_decay": 0.0}
+    half = lambda merged, share: MultiTaskModel(  # noqa: E731
+        res_net(seed=0, share=share), copy.deepcopy(dict(merged.heads.items()))
+    )
+    return SmallBench(model, suite, half, tuning, 0)
+
+
+@pytest.mark.parametrize("images", ["generated", "training"])
+def test_genie_writes_integers_that_answer_as_it_does(glyphs, tmp_path, images):
+    before = [value.clone() for value in glyphs.model.state_dict().values()]
+    options = {"weights": 4, "activations": 4, "images": images, "count": 32, "image_steps": 3, "steps": 5}
+    found = COMPRESSORS["genie"].shrink(glyphs, **options)
+    assert all(torch.equal(*pair) for pair in zip(before, glyphs.model.state_dict().values()))
+    write_smaller(found, tmp_path / "genie", like=None, metadata={})
+    backbone = QuantizedNetwork.load(tmp_path / "genie")
+    x = glyphs.suite["digits"].validation.inputs[:20]
+    heads = ar.open_weights(tmp_path / "genie" / "heads.safetensors")
+    answer = backbone(x) @ heads["heads.digits.weight"].T
+    torch.testing.assert_close(answer, found.model.eval()(x, "digits"))
+    torch.testing.assert_close(backbone(x).norm(dim=1), torch.ones(20))
+    sizes = [backbone.layer(node.name).packed.numel() for node in backbone.nodes if node.op in ("conv2d", "linear")]
+    assert found.bytes == sum(v.numel() * v.element_size() for v in backbone.state_dict().values())
+    assert sum(sizes) < found.bytes < 0.15 * stored_bytes(glyphs.model.backbone.state_dict())
+
+
+def test_genie_makes_images_as_bright_as_the_suites(glyphs, monkeypatch):
+    seen = {}
+    real = compressors.quantize
+    monkeypatch.setattr(compressors, "quantize", lambda *a, **k: seen.update(k) or real(*a, **k))
+    COMPRESSORS["genie"].shrink(glyphs, activations=None, count=8, image_steps=1, steps=0)
+    pixels = torch.cat([task.train.inputs for task in glyphs.suite.values()])
+    assert seen["synthesis"].mean == pytest.approx(pixels.mean().item(), rel=1e-4)
+    assert seen["synthesis"].std == pytest.approx(pixels.std().item(), rel=1e-3)
+
+
+def test_a_taught_batchnorm_model_has_the_statistics_of_all_tasks(glyphs):
+    found = COMPRESSORS["dual-head"].shrink(glyphs, share=0.5)
+    again = copy.deepcopy(found.model)
+    settle(again.backbone, glyphs.suite, glyphs.seed)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in found.model.state_dict().items())
 
 
 def test_what_does_not_fit_is_said(bench):
@@ -146,8 +199,17 @@ def test_recipes_are_checked(tmp_path):
         return load_recipe(tmp_path / "r.yaml")
 
     assert load("compress: [nearest]").compress == {"nearest": {}}
-    with pytest.raises(ar.InputError, match="compress.genie: Genie needs a network with BatchNorm"):
+    with pytest.raises(
+        ar.InputError, match="compress.genie: Genie needs a network with BatchNorm: set 'network: resnet'"
+    ):
         load("compress: [genie]")
+    with pytest.raises(ar.InputError, match="compress.genie: Genie needs a network with BatchNorm"):
+        load("{suite: scripts, network: conv, compress: [genie]}")
+    with pytest.raises(ar.InputError, match="network: is for the suites scripts and images; leave it out for 'digits'"):
+        load("network: resnet")
+    assert load("{suite: images, network: resnet, compress: {genie: {activations: null}}}").network == "resnet"
+    with pytest.raises(ar.InputError, match="compress.genie.weights: .* greater than or equal to 2"):
+        load("{suite: scripts, network: resnet, compress: {genie: {weights: 1}}}")
     with pytest.raises(ar.InputError, match="compress.nearst: no such method; did you mean 'nearest'"):
         load("compress: [nearst]")
     with pytest.raises(ar.InputError, match="compress.nearest.bits: .* less than or equal to 8"):

@@ -161,6 +161,23 @@ def test_finished_batches_are_not_made_again(graph, tmp_path):
     assert seen == [3, 4, 5, 6]
 
 
+def test_images_lie_where_the_networks_inputs_do():
+    mean, std = (0.1, 0.5, -1.0), (0.2, 0.4, 3.0)
+    model = trained()
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    at, by = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    plain, moved = _Teacher(trace(model, SHAPE)), _Teacher(trace(model, SHAPE), Synthesis(mean=mean, std=std))
+    torch.testing.assert_close(moved.place(x), x * by + at)
+    torch.testing.assert_close(moved(moved.place(x))[1], plain(x)[1], rtol=1e-4, atol=1e-5)
+    made = synthesize(trace(model, SHAPE), SHAPE, Synthesis(count=32, batch=32, steps=2, mean=mean, std=std))
+    torch.testing.assert_close(made.mean((0, 2, 3)), torch.tensor(mean), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.std((0, 2, 3)), torch.tensor(std), rtol=1e-2, atol=1e-3)
+    with pytest.raises(InputError, match="mean has 2 numbers for images of 3 channels"):
+        synthesize(trace(model, SHAPE), SHAPE, Synthesis(mean=(0.0, 1.0)))
+    with pytest.raises(InputError, match="std is a finite number above 0"):
+        Synthesis(std=0.0)
+
+
 def test_bad_input_is_named(graph):
     bare = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), SHAPE)
     with pytest.raises(InputError, match="the model has 0 BatchNorm2d"):

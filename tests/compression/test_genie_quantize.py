@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -355,6 +356,19 @@ def test_every_operation_is_exported(images, tmp_path):
     assert same(QuantizedNetwork.load(small.save(tmp_path / "all")), small)
 
 
+def test_unit_features_of_images_that_are_not_square_are_quantised_and_exported(tmp_path):
+    pytest.importorskip("onnx")
+    from test_genie_tracing import embedding
+
+    images = torch.randn(24, 2, 9, 6, generator=torch.Generator().manual_seed(0))
+    how = Rounding(steps=4, batch=1)  # as small as a batch can be
+    small = quantize(embedding(), weights=4, activations=8, images=images, rounding=how)
+    torch.testing.assert_close(small(images[:1]).norm(dim=1), torch.ones(1))
+    found = predictions(export_onnx(small, tmp_path / "unit.onnx"), images, "ORT_ENABLE_ALL")
+    torch.testing.assert_close(found, small(images), rtol=1e-3, atol=1e-3)
+    assert same(QuantizedNetwork.load(small.save(tmp_path / "unit")), small)
+
+
 def test_four_bit_weights_are_four_bits_in_the_onnx_file(small, tmp_path):
     onnx = pytest.importorskip("onnx")
     made = onnx.load(export_onnx(small, tmp_path / "small.onnx"))
@@ -403,14 +417,14 @@ def test_dead_channels_are_reported_and_stay_zero(images):
     assert torch.isfinite(small(images)).all()
 
 
-def classifier(folder, trained=True):
+def classifier(folder, seed=0, trained=True):
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3,
         id2label={0: "ant", 1: "bee", 2: "cat"}, label2id={"ant": 0, "bee": 1, "cat": 2},
     )  # fmt: skip
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         made = transformers.ResNetForImageClassification(config)
         if trained:
             with torch.no_grad():
@@ -466,6 +480,21 @@ def test_a_stopped_folder_run_goes_on(tmp_path):
     quantize_folder(tmp_path / "resnet", tmp_path / "small", progress=lambda *at: seen.append(at), **QUICK_FOLDER)
     assert ("blocks", 9, 16) in seen
     assert ("blocks", 5, 16) not in seen
+    assert same(QuantizedNetwork.load(tmp_path / "small"), QuantizedNetwork.load(tmp_path / "whole"))
+
+
+def test_images_made_for_another_model_are_not_taken(tmp_path):
+    def stop(what, done, total):
+        if what == "blocks":
+            raise Stop
+
+    for name, seed in (("one", 0), ("two", 1)):
+        classifier(tmp_path / name, seed)
+    quantize_folder(tmp_path / "two", tmp_path / "whole", **QUICK_FOLDER)
+    with pytest.raises(Stop):
+        quantize_folder(tmp_path / "one", tmp_path / "small", progress=stop, **QUICK_FOLDER)
+    shutil.rmtree(tmp_path / ".small.work" / "blocks")
+    quantize_folder(tmp_path / "two", tmp_path / "small", **QUICK_FOLDER)
     assert same(QuantizedNetwork.load(tmp_path / "small"), QuantizedNetwork.load(tmp_path / "whole"))
 
 

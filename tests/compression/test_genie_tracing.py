@@ -88,6 +88,63 @@ def test_the_steps_do_what_the_model_does_and_leave_it_alone(make):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Embedding(nn.Module):
+    """Features of unit length, and a rectified value that is read again: by a sum, and as it was before."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2, 4, 3, (2, 1), 1), nn.Conv2d(4, 4, (3, 1), 1, (1, 0), groups=2, bias=False)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.norm(self.one(x))
+        y = F.relu(self.two(F.relu(y)) + y)
+        return F.normalize(self.last(F.adaptive_avg_pool2d(y, 1).flatten(1)))
+
+
+def embedding():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return settled(Embedding())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_unit_features_of_images_that_are_not_square(dtype):
+    model = embedding().to(dtype)
+    graph = trace(model, (2, 9, 6))
+    assert [node.op for node in graph.nodes][-3:] == ["vector_norm", "clamp_min", "div"]
+    x = torch.randn(1, 2, 9, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        wide = x.to(torch.promote_types(dtype, torch.float32))
+        found, wanted = fold(graph)[0](wide), model(x)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones_like(found[:, 0]))
+    torch.testing.assert_close(
+        found, wanted.to(found), **({"rtol": 0.05, "atol": 0.05} if wanted.itemsize == 2 else {})
+    )
+
+
+def test_an_expanded_value_is_followed_only_into_what_broadcasts():
+    class Odd(Embedding):
+        def forward(self, x):
+            y = self.last(F.adaptive_avg_pool2d(self.one(x), 1).flatten(1))
+            return y.norm(dim=1, keepdim=True).expand_as(y)
+
+    with pytest.raises(InputError, match="does expand_as"):
+        trace(Odd().eval(), (2, 9, 6))
+
+
+def test_rectifying_in_place_changes_no_value_that_is_read_again():
+    tensors = {"c": {"weight": -torch.ones(1, 1, 1, 1)}}
+    nodes = [Node("c", "conv2d", ("x",)), Node("r", "relu", ("c",)), Node("s", "add", ("c", "r"))]
+    x = torch.ones(1, 1, 2, 2)
+    assert torch.equal(evaluate(nodes, {"x": x}, tensors, "s"), -x)  # -1 + relu(-1)
+    assert torch.equal(evaluate([Node("r", "relu", ("x",))], {"x": -x}, {}, "r"), 0 * x)
+    assert torch.equal(x, torch.ones(1, 1, 2, 2))
+    kept = {}
+    evaluate(nodes[:2], {"x": x}, tensors, "r", lambda name, value: kept.setdefault(name, value.clone()))
+    assert torch.equal(kept["c"], -x)
+
+
 def test_layers_keep_their_names_also_when_used_twice():
     names = [node.name for node in trace(everything(), (3, 8, 8)).layers]
     assert names == ["stem", "depthwise", "gate", "last", "last#2", "head"]

@@ -40,6 +40,9 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "add": torch.add,
     "mul": torch.mul,
+    "div": torch.div,
+    "clamp_min": torch.clamp_min,
+    "vector_norm": lambda x, *, dim: torch.linalg.vector_norm(x, dim=dim, keepdim=True),
     "max_pool2d": F.max_pool2d,
     "avg_pool2d": F.avg_pool2d,
     "global_pool": lambda x: x.mean((2, 3), keepdim=True),
@@ -51,6 +54,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
 """Operation -> function of (inputs, tensors by role and settings as keywords)."""
 
 LAYERS = ("conv2d", "linear")
+FRESH = {"conv2d", "linear", "batch_norm", "add"}  # make a new tensor that autograd does not keep
 POINTWISE = {"batch_norm", "relu", "hardtanh", "leaky_relu", "sigmoid", "hardsigmoid", "hardswish", "silu"}
 
 
@@ -130,13 +134,18 @@ def evaluate(
     change = change or (lambda _, value: value)
     left = Counter(name for node in nodes for name in node.inputs) + Counter([output])
     held = {name: change(name, value) for name, value in values.items()}
+    fresh: set[str] = set()
     for node in nodes:
         inputs = [held[name] for name in node.inputs]
-        if call is None:
-            made = OPS[node.op](*inputs, **tensors.get(node.name, {}), **node.options)
-        else:
+        if call is not None:
             made = call(node, inputs)
+        elif node.op == "relu" and node.inputs[0] in fresh and left[node.inputs[0]] == 1:
+            made = torch.relu_(inputs[0])
+        else:
+            made = OPS[node.op](*inputs, **tensors.get(node.name, {}), **node.options)
         held[node.name] = change(node.name, made)
+        if node.op in FRESH and held[node.name] is made:
+            fresh.add(node.name)
         for name in node.inputs:
             left[name] -= 1
             if not left[name]:

@@ -44,7 +44,7 @@ from .genie_rounding import SMALLEST, ActivationScale, BlockStudent, Rounding, S
 from .quantized import QuantizedNetwork
 from .tracing import norms, trace
 
-__all__ = ["quantize"]
+__all__ = ["digest", "quantize"]
 
 EDGE_BITS = 8
 CHUNK = 64  # images a forward pass when features move on; fixed, so that a run that is continued gives the same bits
@@ -117,7 +117,7 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="genie-") as scratch:
         if folder is not None:
             folder = Path(folder).expanduser()
-            _claim(folder, plan | {"model": _digest(graph), "images": None if images is None else _hash(images)})
+            _claim(folder, plan | {"model": digest(graph), "images": None if images is None else _hash(images)})
         if images is None:
             images = synthesize(graph, shape, how, seed=seed, folder=folder, progress=progress)
         like = next(iter(graph.tensors.values()))["weight"]
@@ -133,7 +133,8 @@ def _hash(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def _digest(graph: Graph) -> str:
+def digest(graph: Graph) -> str:
+    """64 hexadecimal digits that stand for a graph's steps and tensors."""
     steps = hashlib.sha256(repr(graph.nodes).encode()).hexdigest()
     return steps[:32] + _hash(*(tensor for held in graph.tensors.values() for tensor in held.values()))[:32]
 
@@ -176,7 +177,7 @@ class _Features:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         index = index if isinstance(index, slice) else index.to(self.held.device)
-        values = self.held[index].to(self.device)
+        values = (self.held[index] if isinstance(index, slice) else self.held.index_select(0, index)).to(self.device)
         return values.permute(0, 3, 1, 2) if self.image else values
 
     def drop(self) -> None:

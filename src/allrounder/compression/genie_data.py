@@ -4,7 +4,8 @@ With m_l, s_l the mean and standard deviation per channel, over a batch and all 
 
     loss = sum_l (|m_l - mean_l|^2 + |s_l - std_l|^2) / C_l + sum over images and channels (m^2 + (s - 1)^2) / N
 
-where the second term holds every image near mean 0 and deviation 1. A small generator and its latents are learned
+where the second term holds every image near mean 0 and deviation 1 (or `mean` and `std`, for networks whose inputs are
+not normalised). A small generator and its latents are learned
 together, anew for every batch. While they are, strided convolutions look at their input moved at random by up to one
 pixel (swing convolution), which keeps checkerboards out of the images. `kind="pixels"` learns the pixels themselves,
 without a generator or swing, as ZeroQ does: the baseline.
@@ -52,6 +53,7 @@ class Synthesis:
         lr_latent: of the latents, or of the pixels. Divided by ten when the loss has not fallen for 100 steps, down to
             1e-4. Paper: 0.1.
         lr_generator: times 0.95 every 100 steps. Paper: 0.01.
+        mean, std: of the network's inputs, one number or one a channel. Paper: 0 and 1, images that are normalised.
     """
 
     count: int = 1024
@@ -60,6 +62,8 @@ class Synthesis:
     kind: Literal["generator", "pixels"] = "generator"
     lr_latent: float = 0.1
     lr_generator: float = 0.01
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "steps"):
@@ -72,6 +76,13 @@ class Synthesis:
         for name in ("lr_latent", "lr_generator"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise InputError(f"synthesis: {name} must be positive, got {getattr(self, name)}")
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            given = getattr(self, name)
+            numbers = [float(number) for number in ([given] if isinstance(given, (int, float)) else given)]
+            if not numbers or not all(math.isfinite(number) and number > least for number in numbers):
+                above = " above 0" * (least == 0)
+                raise InputError(f"synthesis: {name} is a finite number{above}, or one a channel, got {given}")
+            object.__setattr__(self, name, numbers[0] if len(numbers) == 1 else tuple(numbers))
 
 
 class Generator(nn.Module):
@@ -145,8 +156,8 @@ class _Measured(torch.autograd.Function):
 class _Teacher:
     """The loss of images, with what stays the same between steps worked out once."""
 
-    def __init__(self, graph: Graph) -> None:
-        found = norms(graph)
+    def __init__(self, graph: Graph, how: Synthesis | None = None) -> None:
+        found, how = norms(graph), how or Synthesis()
         last = max(graph.nodes.index(node) for node in found)
         self.graph, self.nodes = graph, graph.nodes[: last + 1]  # what comes after the last BatchNorm has no say
         self.norms: dict[str, tuple[Tensor, ...]] = {}
@@ -156,6 +167,12 @@ class _Teacher:
             self.norms[node.name] = (
                 gain, held["bias"] - held["mean"] * gain, held["mean"], (held["var"] + EPS).sqrt(),
             )  # fmt: skip
+        like = next(iter(self.norms.values()))[0]
+        self.mean, self.std = (torch.as_tensor(value).to(like).view(1, -1, 1, 1) for value in (how.mean, how.std))
+
+    def place(self, made: Tensor) -> Tensor:
+        """Images of mean 0 and deviation 1 where the network's inputs lie."""
+        return torch.addcmul(self.mean, made, self.std)
 
     def __call__(self, images: Tensor, jitter: int = 0, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The BatchNorm term and the image term."""
@@ -175,6 +192,7 @@ class _Teacher:
 
         evaluate(self.nodes, {self.graph.input: images}, {}, self.nodes[-1].name, call=call)
         std, mean = torch.std_mean(images, (2, 3))
+        mean, std = (mean - self.mean[..., 0, 0]) / self.std[..., 0, 0], std / self.std[..., 0, 0]
         own = (mean.square() + (std - 1).square()).sum() / len(images)
         return torch.stack(losses).sum(), own
 
@@ -214,7 +232,7 @@ def _batch(
         groups.append((second, torch.optim.lr_scheduler.ExponentialLR(second, 0.95)))
     images, value = latents, math.nan
     for step in range(how.steps):
-        images = latents if generator is None else generator(latents)
+        images = teacher.place(latents if generator is None else generator(latents))
         loss = sum(teacher(images, jitter=0 if pixels else 1, random=random))
         for each in (optimiser, *(second for second, _ in groups)):
             each.zero_grad()
@@ -255,11 +273,14 @@ def synthesize(
         `(count, C, H, W)`, contiguous, on the network's device, in its dtype.
 
     Raises:
-        InputError: no BatchNorm, running statistics that were never updated, sides not divisible by 4, a loss that
-            is not finite.
+        InputError: no BatchNorm, running statistics that were never updated, sides not divisible by 4, a mean or std
+            for another number of channels, a loss that is not finite.
     """
     how = how or Synthesis()
-    teacher = _Teacher(graph)
+    teacher = _Teacher(graph, how)
+    for name, values in (("mean", teacher.mean), ("std", teacher.std)):
+        if values.numel() not in (1, image_shape[0]):
+            raise InputError(f"synthesis: {name} has {values.numel()} numbers for images of {image_shape[0]} channels")
     like = next(iter(teacher.norms.values()))[0]
     how = replace(how, batch=max(2, min(how.batch, how.count)))
     batches = math.ceil(how.count / how.batch)

@@ -28,7 +28,7 @@ from ..checkpoint import Checkpoint, open_weights, resolve
 from ..errors import InputError
 from ..saving import replacing
 from ..train import load_weights
-from .genie import quantize
+from .genie import digest, quantize
 from .genie_data import Synthesis, synthesize
 from .genie_rounding import Rounding
 from .onnx_qdq import export_onnx
@@ -96,9 +96,10 @@ def quantize_folder(
     if images is not None:
         given = _images(images, shape)
     else:
-        made = work / f"images-{seed}-{count}-{image_batch}-{image_steps}"
+        graph = trace(network, shape)
+        made = work / f"images-{digest(graph)}-{seed}-{count}-{image_batch}-{image_steps}"
         made.mkdir(parents=True, exist_ok=True)
-        given = synthesize(trace(network, shape), shape, how, seed=seed, folder=made, progress=progress)
+        given = synthesize(graph, shape, how, seed=seed, folder=made, progress=progress)
     small = quantize(
         network, weights=weights, activations=activations, image_shape=shape, images=given, method=method,
         rounding=Rounding(steps=steps, batch=batch_size), seed=seed, folder=work / "blocks", progress=progress,

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import InputError
 from .conv_graph import Block, Graph, evaluate
@@ -159,17 +158,23 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
     return torch.eq(a, b, out=torch.empty_like(a))
 
 
+def _flat(x: Tensor) -> Tensor:
+    """A vector, in the order of the channels-last layout where x has that."""
+    return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(-1)
+
+
 class _Quantise(torch.autograd.Function):
     """LSQ, and QDrop where there is a mask: its ones keep their value."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:  # type: ignore[override]
         ratio = x / scale
-        levels = ratio.clamp(low, high)
-        inside = _same(levels, ratio)
-        out = levels.round_().mul_(scale)
+        out = ratio.clamp(low, high)
+        inside = torch.eq(out, ratio, out=ratio)  # in place from here on: what limits a step is memory
+        out.round_().mul_(scale)
         if mask is not None:
-            out, inside = torch.lerp(out, x, mask), torch.maximum(inside, mask)
+            out.lerp_(x, mask)
+            torch.maximum(inside, mask, out=inside)
         ctx.save_for_backward(x, scale, inside, out)
         return out
 
@@ -178,9 +183,9 @@ class _Quantise(torch.autograd.Function):
         x, scale, inside, out = ctx.saved_tensors
         d_scale = None
         if ctx.needs_input_grad[1]:
-            slope = torch.addcmul(out, x, inside, value=-1).mul_(d_out)  # q - x inside, the bound outside, 0 if kept
-            d_scale = (slope.sum() / scale).view_as(scale)
-        return (d_out * inside if ctx.needs_input_grad[0] else None), d_scale, None, None, None
+            slope = torch.addcmul(out, x, inside, value=-1)  # q - x inside, the bound outside, 0 if kept
+            d_scale = (torch.dot(_flat(slope), _flat(d_out)) / scale).view_as(scale)
+        return (inside.mul_(d_out) if ctx.needs_input_grad[0] else None), d_scale, None, None, None
 
 
 class _Bits:
@@ -302,12 +307,12 @@ def fit_block(
         full, quantised, target = take(order[at : at + size])
         at += size
         out = student.run(torch.lerp(quantised, full, bits(full)), soft=True, bits=bits)
-        loss = F.mse_loss(out, target, reduction="sum") / (out.numel() // out.shape[1])
+        error, places = out.detach() - target, out.numel() // out.shape[1]
+        if step % 100 == 0 and not math.isfinite(loss := error.square().sum().item() / places):
+            raise InputError(f"block {student.block.name!r}: the loss is {loss} at step {step}; lower the rates")
         for scale in scales:
             scale.grad = None
-        loss.backward()
-        if step % 100 == 0 and not torch.isfinite(loss):
-            raise InputError(f"block {student.block.name!r}: the loss is {loss.item()} at step {step}; lower the rates")
+        out.backward(error.mul_(2 / places))  # of the loss, in the layout of the features
         beta = _temperature(step + 1, how.steps)
         for layer in layers:
             layer.pull(beta, how.weight)

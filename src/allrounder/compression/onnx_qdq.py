@@ -138,6 +138,13 @@ class _Writer:
     def silu(self, node: Node, inputs: list[str]) -> None:
         self.add("Mul", [*inputs, self.add("Sigmoid", inputs, f"{node.name}.sigmoid")], node.name)
 
+    def clamp_min(self, node: Node, inputs: list[str]) -> None:
+        self.add("Clip", [*inputs, self.constant(f"{node.name}.min", node.options["min"], "FLOAT", [])], node.name)
+
+    def vector_norm(self, node: Node, inputs: list[str]) -> None:
+        axes = self.constant(f"{node.name}.axes", node.options["dim"], "INT64")
+        self.add("ReduceL2", [*inputs, axes], node.name, keepdims=1)
+
     def pool(self, node: Node, inputs: list[str]) -> None:
         o = node.options
         kernel = _two(o["kernel_size"])
@@ -173,6 +180,7 @@ SIMPLE: dict[str, tuple[str, dict[str, Any]]] = {
     "hardswish": ("HardSwish", {}),
     "add": ("Add", {}),
     "mul": ("Mul", {}),
+    "div": ("Div", {}),
     "global_pool": ("GlobalAveragePool", {}),
     "flatten": ("Flatten", {"axis": 1}),
 }
@@ -183,6 +191,8 @@ SPECIAL: dict[str, Callable[[_Writer, Node, list[str]], Any]] = {
         "LeakyRelu", inputs, node.name, alpha=float(node.options["negative_slope"])
     ),
     "silu": _Writer.silu,
+    "clamp_min": _Writer.clamp_min,
+    "vector_norm": _Writer.vector_norm,
     "max_pool2d": _Writer.pool,
     "avg_pool2d": _Writer.pool,
     "slice": _Writer.slice,

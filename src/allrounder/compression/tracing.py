@@ -26,6 +26,7 @@ SAME = {
 }  # fmt: skip
 SHAPED = {"view", "reshape", "_unsafe_view", "flatten", "squeeze"}
 PLAIN = {"relu", "leaky_relu", "hardtanh", "sigmoid", "hardsigmoid", "hardswish", "silu"}
+BROADCASTING = {"aten.div.Tensor", "aten.mul.Tensor", "aten.add.Tensor"}
 POOL = ("kernel_size", "stride", "padding", "ceil_mode")
 
 
@@ -51,7 +52,8 @@ class _Tracer:
             "conv2d": self._conv2d, "linear": self._linear, "batch_norm": self._batch_norm, "relu6": self._relu6,
             "add": self._sum, "mul": self._mul, "cat": self._cat, "pad": self._pad, "constant_pad_nd": self._pad,
             "slice": self._slice, "max_pool2d": self._max_pool2d, "avg_pool2d": self._avg_pool2d,
-            "adaptive_avg_pool2d": self._adaptive_avg_pool2d, "mean": self._mean,
+            "adaptive_avg_pool2d": self._adaptive_avg_pool2d, "mean": self._mean, "div": self._div,
+            "clamp_min": self._clamp_min, "linalg_vector_norm": self._vector_norm, "expand_as": self._expand_as,
         }  # fmt: skip
         self.values: dict[str, str] = {}  # exported node -> value
         self.shapes: dict[str, list[Any]] = {}
@@ -195,6 +197,26 @@ class _Tracer:
 
     def _mul(self, node: Any, a: dict[str, Any]) -> Any:
         return self._two(node, a, "mul")
+
+    def _div(self, node: Any, a: dict[str, Any]) -> Any:
+        return False if a.get("rounding_mode") else self._two(node, a, "div")
+
+    def _clamp_min(self, node: Any, a: dict[str, Any]) -> Any:
+        plain = isinstance(a["min"], (int, float))
+        return plain and ("clamp_min", [a["self"].name], {"min": float(a["min"])})
+
+    def _vector_norm(self, node: Any, a: dict[str, Any]) -> Any:
+        if a["ord"] != 2 or not a["dim"] or not a["keepdim"]:
+            return False
+        rank = len(self.shapes[a["self"].name])
+        return "vector_norm", [a["self"].name], {"dim": sorted(dim % rank for dim in a["dim"])}
+
+    def _expand_as(self, node: Any, a: dict[str, Any]) -> Any:
+        """Nothing to do where every reader broadcasts."""
+        if any(str(user.target) not in BROADCASTING for user in node.users):
+            return False
+        self.values[node.name] = self.values[a["self"].name]
+        return None
 
     def _cat(self, node: Any, a: dict[str, Any]) -> Any:
         return "cat", [item.name for item in a["tensors"]], {"dim": a["dim"] % len(self.shapes[node.name])}
