@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 NAMES = (
     "merge_speed", "merge_memory", "adamerging_step", "tall_masks", "factored_output", "frugal_step", "aggregation",
-    "sam_mtl", "controllable",
+    "sam_mtl", "controllable", "genie_blocks", "pruning_scores", "mos_inference", "replay_buffer",
 )  # fmt: skip
 
 
