@@ -1,6 +1,7 @@
 """A run on texts: a causal language model, its specialists, merges, and what is made of the chosen one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,144 @@ def test_weights_of_a_language_model_are_named_as_in_its_folder(place):
     assert all(torch.equal(again[name], stored[name]) for name in stored)
 
 
+@pytest.fixture(scope="module")
+def layouts(place):
+    """Folders as people have them: GPT-2's tensors without `transformer.`, and a tied head stored beside its embedding."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    words = len(transformers.AutoTokenizer.from_pretrained(place / "base"))
+    config = transformers.GPT2Config(
+        vocab_size=words, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.GPT2Model(config).save_pretrained(place / "bare")
+    transformers.AutoModelForCausalLM.from_pretrained(place / "base").save_pretrained(place / "doubled")
+    file = place / "doubled" / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    for name in ("bare", "doubled"):
+        transformers.AutoTokenizer.from_pretrained(place / "base").save_pretrained(place / name)
+    return place
+
+
+@pytest.mark.parametrize("name", ["bare", "doubled"])
+def test_what_is_written_is_what_was_merged_however_the_folder_names_its_tensors(layouts, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    model = CausalLM(layouts / name).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    weights = {key: value for key, value in model.state_dict().items() if key in model.checkpoint_names()}
+    checkpoint = model.checkpoint(weights)
+    assert set(checkpoint) == set(ar.open_weights(layouts / name))
+    ar.save(checkpoint, tmp_path / "merged", like=layouts / name)
+    tokens = {"input_ids": torch.arange(16)[None]}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(**tokens).logits
+    assert torch.allclose(found, model(tokens), atol=1e-5)
+
+
+def _model(folder):
+    from allrounder.nets.multitask import MultiTaskModel
+
+    return MultiTaskModel(CausalLM(folder), {name: torch.nn.Identity() for name in ("law", "farm")})
+
+
+def test_an_expert_whose_head_was_untied_is_not_silently_tied_again(layouts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from allrounder.settings import given_expert
+
+    assert given_expert(_model(layouts / "base"), str(layouts / "doubled"), "law")
+    weights = load_file(layouts / "doubled" / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ar.InputError, match="expert of 'law' has a 'lm_head.weight' of its own"):
+        given_expert(_model(layouts / "base"), str(tmp_path / "model.safetensors"), "law")
+
+
+@pytest.mark.parametrize("name", ["bare", "base"])
+def test_rounding_reaches_every_matrix_and_stores_a_tied_one_once(layouts, name):
+    from allrounder.compression import round_weights
+    from allrounder.compressors import SmallBench
+    from allrounder.contest import stored_bytes
+
+    model = _model(layouts / name)
+    found = COMPRESSORS["nearest"].shrink(SmallBench(model, None, None, {}, 0))
+    matrices = [value for value in model.parameters() if value.ndim == 2]
+    fewer = 3 * sum(value.numel() for value in matrices)
+    positions = 0 if name == "base" else 3 * 32 * 32  # of GPT-2's positions, which are no layer's weight
+    steps = sum(part.nbytes for key, part in round_weights(model.backbone).items()
+                if key.rpartition(".")[2] in ("scale", "zero", "shape", "bits"))  # fmt: skip
+    assert found.bytes == stored_bytes(model.backbone.state_dict()) - fewer + positions + steps
+    tokens = {"input_ids": torch.arange(16)[None]}
+    assert (found.model(tokens, "law") - model(tokens, "law")).abs().max() < 0.05
+
+
+def test_rows_that_the_model_cannot_read_are_refused_before_training(layouts, tmp_path):
+    with pytest.raises(ar.InputError, match="reads at most 32 tokens, got length: 48"):
+        run(recipe(layouts, base=str(layouts / "bare"), length=48), tmp_path / "out", jobs=1)
+    shutil.copytree(layouts / "base", tmp_path / "small")
+    content = json.loads((tmp_path / "small" / "config.json").read_text()) | {"vocab_size": 20}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ar.InputError, match=r"the tokenizer of .* gives token \d+, its model has 20"):
+        run(recipe(layouts, base=str(tmp_path / "small")), tmp_path / "out", jobs=1)
+
+
+def test_logits_of_no_more_than_eight_rows_are_in_memory(place, monkeypatch):
+    from allrounder.contest import Bench
+    from allrounder.entrants import ENTRANTS
+    from allrounder.nets.encoders import load_tokenizer
+
+    tokenizer = load_tokenizer(place / "base", padding=False)
+    suite = language_suite([str(place / "law.txt"), str(place / "farm.txt")], tokenizer=tokenizer, length=16, train=64)
+    model = _model(place / "base").eval()
+    base = {name: model.backbone.state_dict()[name] for name in model.backbone.checkpoint_names()}
+    bench = Bench(suite, model, base, {"law": base, "farm": {k: v + 0.01 for k, v in base.items()}}, None, 0)
+    sizes, forward = [], CausalLM.forward
+
+    def watched(self, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return forward(self, inputs)
+
+    monkeypatch.setattr(CausalLM, "forward", watched)
+    options = {"fisher": {"examples": 64}, "regmean": {"examples": 64}, "twin-merging": {"steps": 1}}
+    for name, given in options.items():
+        ENTRANTS[name].enter(bench, **given)
+        assert sizes
+        assert max(sizes) <= 8, name
+        sizes.clear()
+
+
+def test_changed_texts_are_read_again(place, tmp_path, monkeypatch):
+    from allrounder.settings import make_setting
+    from allrounder.steps import plan, plan_compression
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("law.txt", "other.txt"):
+        (tmp_path / name).write_text((place / name).read_text())
+    given = recipe(place, data=str(tmp_path), tasks=["law"], base="~/base", compress={"d-pruner": {"general": "other"}})
+    shutil.copytree(place / "base", tmp_path / "base")
+
+    def marks():
+        steps = plan(given, ["law"], {"average": {}})
+        return steps[0][0].fingerprint, plan_compression(given, steps[2], "average")[1][0].fingerprint
+
+    first, before = make_setting(given, 0).suite["law"].train.targets, marks()
+    assert make_setting(given, 0) is make_setting(given, 0)
+    (tmp_path / "other.txt").write_text("another text")
+    assert marks()[0] == before[0]
+    assert marks()[1] != before[1]
+    (tmp_path / "base" / "generation_config.json").write_text("{}")
+    assert marks()[0] != before[0]
+    (tmp_path / "law.txt").write_text((place / "farm.txt").read_text())
+    assert not torch.equal(make_setting(given, 0).suite["law"].train.targets, first)
+
+
 def test_an_expert_of_the_user_is_a_folder_too(place, finished):
     out = finished[0]
     mine = recipe(place, methods=["average"], experts={"law": str(out / "merged")}, training={"epochs": 1, "lr": 0.01})
@@ -151,6 +290,10 @@ def test_recipes_for_language_are_checked(place, tmp_path):
         recipe(place, suite="digits", base=None, tasks=None, length=None, compress=["d-pruner"])
     with pytest.raises(ar.InputError, match="compress.dual-head: is for the suites"):
         recipe(place, compress=["dual-head"])
+    with pytest.raises(ar.InputError, match="methods.continual/ewc: is for the suites .*, not 'language'"):
+        recipe(place, methods={"continual": ["ewc"]})
+    with pytest.raises(ar.InputError, match="compress.d-pruner: needs 'general', a text, or 'domain', a task"):
+        recipe(place, compress={"d-pruner": {"epochs": 1}})
     with pytest.raises(ar.InputError, match="needs 'base', a causal language model, and 'tasks'"):
         run(recipe(place, base=None), tmp_path / "none", jobs=1)
     with pytest.raises(ar.InputError, match=r"compress.sparsegpt.structure: .*'2:4'"):
@@ -173,6 +316,7 @@ def test_d_pruner_needs_something_general(place):
     with pytest.raises(ar.InputError, match="no task 'lawn'"):
         shrink(bench, domain="lawn")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = shrink(bench, general=str(place / "other.txt"), epochs=1, examples=16, rows=16)
+    bench.data = str(place)
+    found = shrink(bench, general="other", epochs=1, examples=16, rows=16)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "domain: all tasks" in found.note

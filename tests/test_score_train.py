@@ -38,6 +38,27 @@ def test_scores_are_the_metric_on_the_whole_split():
     assert ar.score(perfect, own, batch_size=10) == {"a": 64.0}
 
 
+def test_a_metric_with_states_follows_the_outputs_to_their_device():
+    class Count(nn.Module):  # as torchmetrics' metrics are: states are on the CPU until the metric is moved
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("total", torch.zeros(()))
+
+        def reset(self):
+            self.total.zero_()
+
+        def update(self, outputs, targets):
+            assert self.total.device == outputs.device == targets.device
+            self.total += 1
+
+        def compute(self):
+            return 3.0 if self.total.device.type == "meta" else 0.0
+
+    own = ar.Suite([ar.Task("a", *[suite()["a"].test] * 3, outputs=2, metric=Count())])
+    assert ar.score(lambda x, t: torch.zeros(len(x), 2, device="meta"), own) == {"a": 3.0}
+    assert own["a"].metric.total.device.type == "cpu"
+
+
 def test_normalised_is_the_mean_of_ratios():
     assert ar.normalised({"a": 0.4, "b": 0.9}, {"a": 0.8, "b": 0.9}) == {"a": 50.0, "b": 100.0}
     assert mean({"a": 50.0, "b": 100.0}) == 75.0

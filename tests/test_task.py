@@ -81,6 +81,9 @@ def test_tasks_and_suites_are_checked():
         task.split("dev")
     with pytest.raises(ar.InputError, match="letters, digits"):
         ar.Task("../up", split, split, split, outputs=4)
+    for name in ("train", "values", "training"):
+        with pytest.raises(ar.InputError, match=f"a task cannot be called '{name}'"):
+            ar.Task(name, split, split, split, outputs=4)
     with pytest.raises(ar.InputError, match="2 classes for 4 outputs"):
         ar.Task("a", split, split, split, outputs=4, classes=("x", "y"))
     with pytest.raises(ar.InputError, match=r"a/b-c_1 more than once"):

@@ -60,6 +60,7 @@ class SmallBench:
             layers, taken from the merged model) and the merged model's heads; `None` where the suite has none.
         tuning: as in `contest.Bench`.
         seed: of everything random.
+        data: the recipe's data folder.
     """
 
     model: MultiTaskModel
@@ -67,6 +68,7 @@ class SmallBench:
     make_small: Callable[[MultiTaskModel, float], MultiTaskModel] | None
     tuning: Mapping[str, Any]
     seed: int
+    data: str | None = None
 
     @property
     def steps(self) -> int:
@@ -214,7 +216,9 @@ def _d_pruner(
     if general is not None:
         length = next(iter(suite.values())).train.inputs["input_ids"].shape[1]  # type: ignore[attr-defined]
         tokenizer = load_tokenizer(bench.model.backbone.folder, padding=False)  # type: ignore[arg-type]
-        found = text_rows(general, tokenizer=tokenizer, seed=bench.seed, rows=rows, length=length)
+        found = text_rows(
+            general, tokenizer=tokenizer, folder=bench.data, seed=bench.seed, rows=rows, length=length
+        )
         open_text = [inputs for inputs, _ in Batches(found, 8)]
     elif domain is None or not others:
         raise InputError("d-pruner needs 'general', a text; to keep all tasks alike without one take 'sparsegpt'")

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from .architecture_entrants import POOLED
 from .contest import Bench, Count, Entrant, Outcome, Rate, stored_bytes
 from .continual import AGEM, ER, EWC, FPF, SI, DERpp, Finetune, Learner, LwF, in_sequence, learn
 from .nets.multitask import MultiTaskModel
@@ -79,7 +80,8 @@ def _learned(bench: Bench, make: Callable[..., Learner], note: str = "") -> Outc
 
 def _entrant(name: str, title: str, paper: str) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     def add(enter: Callable[..., Outcome]) -> Callable[..., Outcome]:
-        IN_SEQUENCE[f"continual/{name}"] = Entrant(f"In sequence: {title}", "in sequence", paper, enter, default=False)
+        titled = f"In sequence: {title}"
+        IN_SEQUENCE[f"continual/{name}"] = Entrant(titled, "in sequence", paper, enter, default=False, suites=POOLED)
         return enter
 
     return add

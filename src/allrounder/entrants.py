@@ -133,11 +133,17 @@ def _full_expert(bench: Bench, task: str) -> MultiTaskModel:
     return model.eval()
 
 
+def _batches(bench: Bench, task: str, size: int) -> Batches:
+    """Training batches of one task, in the split's own size where it has one (texts, whose outputs are large)."""
+    split = bench.suite[task].train
+    return Batches(split, getattr(split, "batch_size", size), seed=bench.seed)
+
+
 @_entrant("fisher", "Fisher merging", "unlabelled", "task-arithmetic-baselines")
 def _fisher(bench: Bench, *, examples: Count = 64, labels: Literal["exact", "sampled", "given"] = "sampled") -> Outcome:
     information = {}
     for i, task in enumerate(bench.suite):
-        batches = Batches(bench.suite[task].train, 32, seed=bench.seed)
+        batches = _batches(bench, task, 32)
         information[task] = merging.fisher_information(
             _full_expert(bench, task), batches, task=task, labels=labels, examples=examples, seed=bench.seed
         )
@@ -154,7 +160,7 @@ def _regmean(
 ) -> Outcome:
     grams = {}
     for i, task in enumerate(bench.suite):
-        batches = Batches(bench.suite[task].train, 64, seed=bench.seed)
+        batches = _batches(bench, task, 64)
         grams[task] = merging.gram_matrices(_full_expert(bench, task), batches, task=task, examples=examples)
         if bench.progress:
             bench.progress(i + 1, len(bench.suite))

@@ -128,6 +128,9 @@ def _check_methods(recipe: Recipe, where: str) -> None:
     for name, suites in SMALLER.items():
         if name in recipe.compress and recipe.suite not in suites:
             raise InputError(f"{where}, compress.{name}: is for the suites {', '.join(suites)}, not {recipe.suite!r}")
+    how = recipe.compress.get("d-pruner")
+    if how is not None and not (how.get("general") or how.get("domain")):
+        raise InputError(f"{where}, compress.d-pruner: needs 'general', a text, or 'domain', a task")
     _check_options(recipe.methods, {name: entrant.enter for name, entrant in ENTRANTS.items()}, f"{where}, methods")
     for name in recipe.methods:
         suites, network = ENTRANTS[name].suites, ENTRANTS[name].network

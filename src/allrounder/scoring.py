@@ -48,6 +48,8 @@ def score(
         for inputs, target in Batches(data, batch_size or getattr(data, "batch_size", 64)):
             output = model(to_device(inputs, device), name)
             if gathered:
+                if hasattr(metric, "to"):
+                    metric = metric.to(output.device)
                 metric.update(output, to_device(target, output.device))  # type: ignore[attr-defined]
             else:
                 outputs.append(output.float().cpu())

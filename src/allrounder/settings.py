@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Weights, open_weights, resolve
+from .checkpoint import Weights, open_weights, resolve, tied
 from .errors import InputError
 from .nets.multitask import MultiTaskModel
 from .recipe import Recipe
@@ -180,7 +180,7 @@ def _text(recipe: Recipe, seed: int) -> Setting:
 def _language(recipe: Recipe, seed: int) -> Setting:
     from .data.causal import language_suite
     from .nets.encoders import load_tokenizer
-    from .nets.language_model import CausalLM
+    from .nets.language_model import CausalLM, check_rows
 
     if recipe.base is None or not recipe.tasks:
         raise InputError("suite 'language' needs 'base', a causal language model, and 'tasks', the texts")
@@ -190,6 +190,7 @@ def _language(recipe: Recipe, seed: int) -> Setting:
         recipe.tasks, tokenizer=load_tokenizer(folder, padding=False), folder=recipe.data, seed=seed,
         **{key: value for key, value in sizes.items() if value},
     )  # fmt: skip
+    check_rows(suite, folder)
 
     def base() -> MultiTaskModel:
         return MultiTaskModel(CausalLM(folder), {name: torch.nn.Identity() for name in suite})
@@ -231,7 +232,7 @@ def _clip(recipe: Recipe, seed: int) -> Setting:
 
 
 @lru_cache(maxsize=2)
-def _cached(text: str, seed: int) -> Setting:
+def _cached(text: str, seed: int, files: str) -> Setting:
     recipe = Recipe.model_validate_json(text)
     if recipe.suite in ("digits", "scripts", "images"):
         return _own(recipe, seed)
@@ -240,14 +241,17 @@ def _cached(text: str, seed: int) -> Setting:
 
 
 def make_setting(recipe: Recipe, seed: int) -> Setting:
-    """The setting of a recipe and a seed; the data are loaded once a process.
+    """The setting of a recipe and a seed; the data are loaded once a process, and again when their files change.
 
     Raises:
         InputError: for tasks, data or models that cannot be had.
     """
+    from .steps import sources
+
     return _cached(
         recipe.model_copy(update={"methods": {}, "compress": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(),
         seed,
+        repr(sources(recipe, recipe.tasks or [])),
     )
 
 
@@ -270,6 +274,13 @@ def given_expert(base: MultiTaskModel, source: str, task: str) -> Weights:
             weights = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
         elif shorter:
             weights = {min(shorter) + name: weights[name] for name in weights}
+    for name, first in tied(own).items():
+        for key in weights:
+            if f".{name}".endswith(f".{key}") and not torch.equal(weights[key], weights[names[first]]):
+                raise InputError(
+                    f"the expert of {task!r} has a {key!r} of its own, which is tied to another tensor in the base; "
+                    "give experts of one base, or a base with untied weights"
+                )
     weights = {name: weights[key] for name, key in names.items() if key in weights}
     Aligned(own, {task: weights})
     model = load_weights(copy.deepcopy(base).backbone, weights)

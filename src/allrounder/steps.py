@@ -18,7 +18,7 @@ from typing import Any
 
 from .recipe import Recipe
 
-__all__ = ["Step", "bench_of", "enter", "plan", "plan_compression", "work", "write_json"]
+__all__ = ["Step", "bench_of", "enter", "plan", "plan_compression", "sources", "work", "write_json"]
 
 VERSION = "1"  # of the steps' meaning: raise it when a method's result changes
 
@@ -51,11 +51,15 @@ def _fingerprint(*parts: Any) -> str:
 
 def _identity(source: str | None) -> Any:
     """What a file or folder is now: names, sizes and times of its files."""
-    if source is None or not Path(source).exists():
+    if source is None or not (path := Path(source).expanduser()).exists():
         return source
-    path = Path(source)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return [source, [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
+def sources(recipe: Recipe, tasks: list[str]) -> dict[str, Any]:
+    """What the base and the files of the tasks are now."""
+    return {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
 
 
 def _data(recipe: Recipe, tasks: list[str]) -> Any:
@@ -64,9 +68,10 @@ def _data(recipe: Recipe, tasks: list[str]) -> Any:
         from .data.causal import text_file
 
         return [_identity(str(text_file(task, recipe.data))) for task in recipe.tasks or ()]
-    if recipe.suite not in ("images", "text"):
+    place = recipe.data or os.environ.get("ALLROUNDER_DATA")
+    if recipe.suite not in ("images", "text") or not place:
         return None
-    folder = Path(recipe.data or os.environ["ALLROUNDER_DATA"]).expanduser()
+    folder = Path(place).expanduser()
     names = sorted({task.partition("/")[0] for task in tasks})
     return [_identity(str(path)) for name in names for path in sorted(folder.glob(f"{glob.escape(name)}*"))]
 
@@ -76,7 +81,7 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
     from .entrants import ENTRANTS
 
     data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test", "length")}
-    data |= {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
+    data |= sources(recipe, tasks)
     if recipe.network is not None:
         data["network"] = recipe.network
     bases, experts, scores = [], [], []
@@ -99,6 +104,8 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
 
 def plan_compression(recipe: Recipe, scores: list[Step], chosen: str) -> list[list[Step]]:
     """Two stages more: the chosen model of each seed, and what is made of it."""
+    from .data.causal import text_file
+
     merged, smaller = [], []
     for step in scores:
         if step.name != chosen:
@@ -106,7 +113,10 @@ def plan_compression(recipe: Recipe, scores: list[Step], chosen: str) -> list[li
         made = Step("merged", step.seed, chosen, step.options, _fingerprint(step.fingerprint))
         merged.append(made)
         for name, options in recipe.compress.items():
-            mark = _fingerprint(made.fingerprint, name, options, recipe.training.model_dump())
+            parts = [made.fingerprint, name, options, recipe.training.model_dump()]
+            if options.get("general"):
+                parts.append(_identity(str(text_file(options["general"], recipe.data))))
+            mark = _fingerprint(*parts)
             smaller.append(Step("compress", step.seed, name, options, mark))
     return [merged, smaller]
 
@@ -274,12 +284,13 @@ def _compress(recipe: Recipe, step: Step, steps: list[Step], out: Path, device: 
     source = next(other for other in steps if other.kind == "merged" and other.seed == step.seed)
     load_weights(bench.model.backbone, Checkpoint(out / "steps" / source.file))
     unseen = Suite([replace(task, test=task.validation) for task in bench.suite.values()], name=bench.suite.name)
-    small = SmallBench(bench.model, unseen, setting.make_small, bench.tuning, step.seed)
+    small = SmallBench(bench.model, unseen, setting.make_small, bench.tuning, step.seed, recipe.data)
     start = time.perf_counter()
     found = COMPRESSORS[step.name].shrink(small, **step.options)
     seconds = time.perf_counter() - start
     model = found.model.to(bench.device).eval()
-    inputs = to_device(next(iter(Batches(next(iter(bench.suite.values())).validation, 32)))[0], bench.device)
+    size = getattr(next(iter(bench.suite.values())).validation, "batch_size", 32)
+    inputs = to_device(next(iter(Batches(next(iter(bench.suite.values())).validation, size)))[0], bench.device)
     costs = footprints({"merged": bench.model.backbone, "smaller": model.backbone}, (inputs,))  # type: ignore[dict-item]
     target = out / "steps" / Path(step.file).stem
     shutil.rmtree(target, ignore_errors=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
@@ -21,6 +21,7 @@ from .errors import InputError
 __all__ = ["Batches", "Examples", "Suite", "Task", "accuracy", "to_device"]
 
 Inputs = Tensor | dict[str, Tensor]
+TAKEN = nn.ModuleDict()  # whose attributes no task can have as its name
 
 
 class Examples(Dataset):
@@ -137,6 +138,8 @@ class Task:
     def __post_init__(self) -> None:
         if not self.name or not all(letter.isalnum() or letter in "_-/" for letter in self.name):
             raise InputError(f"a task's name takes letters, digits, '_', '-' and '/', got {self.name!r}")
+        if hasattr(TAKEN, self.name):
+            raise InputError(f"a task cannot be called {self.name!r}, which names a part of every module; rename it")
         if self.classes and len(self.classes) != self.outputs:
             raise InputError(f"task {self.name!r} names {len(self.classes)} classes for {self.outputs} outputs")
 

@@ -5,6 +5,7 @@
     stored = round_weights(model, bits=8)      # integers, steps and zero points beside what is not rounded
     save(stored, "small"); load_weights(model, restore_weights(open_weights("small")))
 
+The `Conv1D` of transformers' GPT-2 is stored the other way round and has s, z for each input.
 Activations stay as they are, so nothing has to be calibrated; below 4 bits use `quantize`, which learns the rounding.
 Cost: 100 passes over the weights. Stored: b bits a weight, and a step, a zero point and the shape a layer.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint import Weights
 from ..errors import InputError
 from .genie_rounding import SoftWeight
+from .pruning_layers import is_linear
 from .quantized import pack, unpack
 
 __all__ = ["restore_weights", "round_weights"]
@@ -31,7 +33,8 @@ def round_weights(model: nn.Module, bits: int = 8) -> dict[str, Tensor]:
     """The model's state with the weights of linear and convolutional layers as packed integers.
 
     Args:
-        model: any module; left as it was. Weights that several layers share are stored for each.
+        model: any module; left as it was. Weights that several of these layers share are stored for each; an embedding
+            that is tied to one of them is stored there alone.
         bits: 2 to 8.
 
     Returns:
@@ -49,9 +52,13 @@ def round_weights(model: nn.Module, bits: int = 8) -> dict[str, Tensor]:
     if not 2 <= bits <= 8:
         raise InputError(f"bits is 2 to 8, got {bits}")
     state = dict(model.state_dict())
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, KINDS)}
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, KINDS) or is_linear(part)}
     if not layers:
         raise InputError("the model has no linear or convolutional layer to round")
+    own = {f"{name}.weight" if name else "weight" for name in layers}
+    for one in {layer.weight.data_ptr() for layer in layers.values()}:  # an embedding that is the head's weight too
+        for name in [name for name, value in state.items() if value.data_ptr() == one and name not in own]:
+            del state[name]
     for name, layer in layers.items():
         weight = layer.weight.detach()
         if not torch.isfinite(weight).all():

@@ -57,7 +57,7 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     outer: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{found}.") for found, _ in outer)
-        if isinstance(module, nn.ModuleList) and not inside and any(_is_linear(part) for part in module.modules()):
+        if isinstance(module, nn.ModuleList) and not inside and any(is_linear(part) for part in module.modules()):
             outer.append((name, module))
     if not outer:
         raise InputError(
@@ -81,7 +81,7 @@ def matrices(model: nn.Module) -> list[Matrix]:
     found: list[Matrix] = []
     for name, module in blocks.named_modules(prefix=prefix):
         _refuse(name, module)
-        if _is_linear(module):
+        if is_linear(module):
             weight: Tensor = module.weight  # type: ignore[assignment]
             others = [other for other in owners.get(weight.data_ptr(), []) if other != f"{name}.weight"]
             if others:
@@ -90,7 +90,8 @@ def matrices(model: nn.Module) -> list[Matrix]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is `nn.Linear` or the `Conv1D` of transformers' GPT-2."""
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
@@ -99,7 +100,7 @@ def _refuse(name: str, module: nn.Module) -> None:
     if hasattr(module, "base_layer") or hasattr(module, "lora_A"):
         raise InputError(f"{name!r} is LoRA-wrapped ({kind}); merge the adapter first (merge_and_unload)")
     shaped = hasattr(module, "in_features") and hasattr(module, "out_features")
-    if not (_is_linear(module) or shaped):
+    if not (is_linear(module) or shaped):
         return
     if nn.utils.parametrize.is_parametrized(module):
         raise InputError(f"{name!r} has a parametrised weight; remove the parametrisation first")

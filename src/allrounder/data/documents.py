@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def documents(path: str | Path) -> list[Document]:
     if kind not in KINDS:
         raise InputError(f"{str(path)!r} is no text file; give a .txt or a .jsonl (also with .gz)")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             content = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read as UTF-8 text ({error}); give another file") from error
     found: list[Document] = [(content, None)] if kind == ".txt" else []
     for number, line in enumerate(content.split("\n") if kind == ".jsonl" else (), 1):
@@ -61,7 +62,8 @@ def documents(path: str | Path) -> list[Document]:
         if not isinstance(row, dict):
             raise InputError(f"line {number} of {str(path)!r} is a JSON {type(row).__name__}, not an object")
         split = row.get("split")
-        found.append((_text(row), split if isinstance(split, str) else None))
+        text = _text(row).encode("utf-8", "replace").decode()  # half a surrogate pair, of text that was cut, is no text
+        found.append((text, split if isinstance(split, str) else None))
     found = [(text, split) for text, split in found if text.strip()]
     if not found:
         raise InputError(f"{str(path)!r} has no text; give each line a field 'text'")

@@ -310,7 +310,7 @@ class TwinMerging(nn.Module):
 
     @torch.random.fork_rng(devices=[])  # a loader draws from the global generator, whatever its sampler does
     def _all_features(self, split: Dataset, examples: int, seed: int) -> Tensor:
-        batches = limited(Batches(split, 128, seed=seed), examples, self.names.device)
+        batches = limited(Batches(split, getattr(split, "batch_size", 128), seed=seed), examples, self.names.device)
         return torch.cat([self._features(inputs).float() for inputs, *_ in batches])
 
     def _judge(self, features: list[Tensor]) -> tuple[float, float]:

@@ -132,6 +132,11 @@ def load_tokenizer(folder: str | Path, *, padding: bool = True) -> Any:
     return tokenizer
 
 
+def load_config(folder: str | Path) -> Any:
+    """The configuration of a model folder."""
+    return _load("AutoConfig", folder)
+
+
 def load_processor(folder: str | Path) -> Any:
     """The image processor of a model folder: PIL images -> `pixel_values`."""
     return _load("AutoImageProcessor", folder)
@@ -161,16 +166,19 @@ def _pooling(folder: Path) -> str:
 def names_in(folder: Path, own: Sequence[str], head: str) -> dict[str, str]:
     """Own name -> name in the folder's checkpoint. `head` is what own names begin with and the checkpoint's may not.
 
-    A checkpoint of a model with a head has one more prefix (`bert.`), and old ones call a LayerNorm's
-    weight and bias gamma and beta.
+    A checkpoint of a model with a head has one more prefix (`bert.`), one of a model without a head may have one less
+    (GPT-2's has no `transformer.`), and old ones call a LayerNorm's weight and bias gamma and beta.
     """
     stored = Checkpoint(folder)
     bare = [name.removeprefix(head) for name in own]
-    prefixes = {"", *(key.removesuffix(name) for name in bare for key in stored if key.endswith("." + name))}
-    prefix = max(sorted(prefixes), key=lambda prefix: sum(prefix + name in stored for name in bare))
+    moves = {("", "")}  # what own names have more, what the checkpoint's have
+    for name in bare:
+        moves |= {("", key.removesuffix(name)) for key in stored if key.endswith("." + name)}
+        moves |= {(name.removesuffix(key), "") for key in stored if name.endswith("." + key)}
+    less, more = max(sorted(moves), key=lambda move: sum(move[1] + name.removeprefix(move[0]) in stored for name in bare))
 
     def stored_name(name: str) -> str:
-        full = prefix + name
+        full = more + name.removeprefix(less)
         old = re.sub(
             r"(LayerNorm)\.(weight|bias)$", lambda m: f"{m[1]}.{'gamma' if m[2] == 'weight' else 'beta'}", full
         )

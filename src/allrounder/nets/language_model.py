@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import Weights
-from .encoders import load_model, names_in, replaced
+from ..checkpoint import Weights, tied
+from ..errors import InputError
+from ..task import Suite
+from .encoders import load_config, load_model, names_in, replaced
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "check_rows"]
 
 
 class CausalLM(nn.Module):
@@ -40,12 +43,35 @@ class CausalLM(nn.Module):
 
     def checkpoint_names(self) -> dict[str, str]:
         """Own tensor name -> its name in the folder's checkpoint."""
-        first, own = {}, self.state_dict()
-        for name, value in own.items():
-            first.setdefault(value.data_ptr(), name)
-        kept = [name for name, value in own.items() if first[value.data_ptr()] == name]
-        return names_in(self.folder, kept, "model.")
+        own = self.state_dict()
+        second = tied(own)
+        return {name: stored for name, stored in self._names().items() if name not in second}
+
+    def _names(self) -> dict[str, str]:
+        return names_in(self.folder, list(self.state_dict()), "model.")
 
     def checkpoint(self, weights: Weights) -> dict[str, Tensor]:
         """The folder's checkpoint with these weights (named as the model's own) in it."""
-        return replaced(self.folder, self.checkpoint_names(), weights)
+        found, names = replaced(self.folder, self.checkpoint_names(), weights), self._names()
+        again = {names[name]: found[names[first]] for name, first in tied(self.state_dict()).items()}
+        return found | {name: value for name, value in again.items() if name in found}  # in folders that store both
+
+
+def check_rows(suite: Suite, folder: str | Path) -> None:
+    """Whether the folder's model can read the rows of a suite, before anything is trained.
+
+    Raises:
+        InputError: rows longer than its positions, tokens outside its vocabulary.
+    """
+    config = load_config(folder)
+    positions, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
+    for task in suite.values():
+        splits: list[Any] = [task.train, task.validation, task.test]
+        length, highest = splits[0].targets.shape[1], max(int(split.targets.max()) for split in splits)
+        if positions and length > positions:
+            raise InputError(f"{str(folder)!r} reads at most {positions} tokens, got length: {length}; give shorter rows")
+        if vocabulary and highest >= vocabulary:
+            raise InputError(
+                f"the tokenizer of {str(folder)!r} gives token {highest}, its model has {vocabulary}; give a folder whose "
+                "tokenizer and model belong together"
+            )

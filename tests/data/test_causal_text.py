@@ -45,16 +45,25 @@ class TestDocuments:
         (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
         assert documents(tmp_path / "a.jsonl") == [("one\u2028two", None)]
 
+    def test_marks_of_windows_and_halves_of_surrogate_pairs_are_no_text(self, tmp_path):
+        (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "cut \\ud83d"}\r\n{"text": "\\ud83d\\ude00"}\r\n')
+        assert documents(tmp_path / "a.jsonl") == [("cut ?", None), ("\U0001f600", None)]
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+        assert documents(tmp_path / "a.txt") == [("one", None)]
+
     def test_bad_files(self, tmp_path):
         (tmp_path / "list.jsonl").write_text('{"text": "a"}\n\n[1]\n')
         (tmp_path / "broken.jsonl").write_text("{")
         (tmp_path / "empty.txt").write_text(" \n")
         (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+        whole = gzip.compress(bytes(range(256)) * 9)
+        (tmp_path / "damaged.txt.gz").write_bytes(whole[:12] + b"\xff" * 99 + whole[111:])
         for name, message in (
             ("list.jsonl", "line 3 of .* is a JSON list, not an object"),
             ("broken.jsonl", "line 1 of .* is not a JSON object"),
             ("empty.txt", "has no text"),
             ("bytes.txt", "cannot be read as UTF-8 text"),
+            ("damaged.txt.gz", "cannot be read as UTF-8 text"),
             ("none.txt", "cannot be read"),
             ("a.pdf", "is no text file"),
         ):
@@ -121,6 +130,17 @@ class TestSuite:
         both = {10, Letters.eos_token_id}
         assert max(letters["train"] - both) <= min(letters["validation"] - both)
         assert max(letters["validation"] - both) <= min(letters["test"] - both)
+
+    def test_a_text_without_line_ends_is_divided_between_words(self, tmp_path):
+        (tmp_path / "flat.txt").write_text(" ".join(f"{chr(97 + i // 1600)}" * 9 for i in range(40_000)))
+        task = self.suite(tmp_path, ["flat"], length=10, train=99_999, validation=9999, test=9999)["flat"]
+        rows = [
+            torch.cat([s.inputs["input_ids"], s.targets[:, -1:]], 1).flatten().tolist()
+            for s in (task.train, task.validation, task.test)
+        ]
+        assert [len(part) for part in rows] == pytest.approx([320_000, 40_000, 40_000], rel=0.05)
+        for part in rows:
+            assert {len(w) for w in bytes(part).decode().replace("~", "").split()[:-1]} == {9}
 
     def test_sizes_are_kept(self, tmp_path):
         lines(tmp_path / "abc.jsonl", [{"text": "abc" * 9}] * 200)
