@@ -139,7 +139,7 @@ def test_weights_of_a_language_model_are_named_as_in_its_folder(place):
 
 @pytest.fixture(scope="module")
 def layouts(place):
-    """Folders as people have them: GPT-2's tensors without `transformer.`, and a tied head stored beside its embedding."""
+    """Folders as there are: GPT-2's tensors without `transformer.`, and a tied head stored beside its embedding."""
     import transformers
     from safetensors.torch import load_file, save_file
 
@@ -213,6 +213,20 @@ def test_rounding_reaches_every_matrix_and_stores_a_tied_one_once(layouts, name)
     assert found.bytes == stored_bytes(model.backbone.state_dict()) - fewer + positions + steps
     tokens = {"input_ids": torch.arange(16)[None]}
     assert (found.model(tokens, "law") - model(tokens, "law")).abs().max() < 0.05
+
+
+def test_an_encoder_that_sees_what_it_predicts_is_refused(tmp_path):
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    config = RobertaConfig(
+        vocab_size=33, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        RobertaForMaskedLM(config).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ar.InputError, match="reads the tokens that follow, so it is no causal language model"):
+        CausalLM(tmp_path / "encoder")
 
 
 def test_rows_that_the_model_cannot_read_are_refused_before_training(layouts, tmp_path):
@@ -294,6 +308,13 @@ def test_recipes_for_language_are_checked(place, tmp_path):
         recipe(place, methods={"continual": ["ewc"]})
     with pytest.raises(ar.InputError, match="compress.d-pruner: needs 'general', a text, or 'domain', a task"):
         recipe(place, compress={"d-pruner": {"epochs": 1}})
+    with pytest.raises(ar.InputError, match="compress.d-pruner.general: is one of the tasks"):
+        recipe(place, compress={"d-pruner": {"general": str(place / "law.txt")}})
+    with pytest.raises(ar.InputError, match="compress.d-pruner.domain: no task 'lawn'; there are law, farm"):
+        run(recipe(place, compress={"d-pruner": {"domain": "lawn"}}), tmp_path / "lawn", jobs=1)
+    with pytest.raises(ar.InputError, match="'nothing' is no text file|has no text 'nothing'"):
+        run(recipe(place, compress={"d-pruner": {"general": "nothing"}}), tmp_path / "lawn", jobs=1)
+    assert not list((tmp_path / "lawn" / "steps").iterdir())
     with pytest.raises(ar.InputError, match="needs 'base', a causal language model, and 'tasks'"):
         run(recipe(place, base=None), tmp_path / "none", jobs=1)
     with pytest.raises(ar.InputError, match=r"compress.sparsegpt.structure: .*'2:4'"):

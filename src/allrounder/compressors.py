@@ -216,9 +216,7 @@ def _d_pruner(
     if general is not None:
         length = next(iter(suite.values())).train.inputs["input_ids"].shape[1]  # type: ignore[attr-defined]
         tokenizer = load_tokenizer(bench.model.backbone.folder, padding=False)  # type: ignore[arg-type]
-        found = text_rows(
-            general, tokenizer=tokenizer, folder=bench.data, seed=bench.seed, rows=rows, length=length
-        )
+        found = text_rows(general, tokenizer=tokenizer, folder=bench.data, seed=bench.seed, rows=rows, length=length)
         open_text = [inputs for inputs, _ in Batches(found, 8)]
     elif domain is None or not others:
         raise InputError("d-pruner needs 'general', a text; to keep all tasks alike without one take 'sparsegpt'")

@@ -131,6 +131,11 @@ def _check_methods(recipe: Recipe, where: str) -> None:
     how = recipe.compress.get("d-pruner")
     if how is not None and not (how.get("general") or how.get("domain")):
         raise InputError(f"{where}, compress.d-pruner: needs 'general', a text, or 'domain', a task")
+    if how is not None and how.get("general") in (recipe.tasks or ()):
+        raise InputError(
+            f"{where}, compress.d-pruner.general: is one of the tasks, whose test text it would read; give another "
+            "text, or leave it out: it is the training text of the other tasks then"
+        )
     _check_options(recipe.methods, {name: entrant.enter for name, entrant in ENTRANTS.items()}, f"{where}, methods")
     for name in recipe.methods:
         suites, network = ENTRANTS[name].suites, ENTRANTS[name].network

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
 from .recipe import Recipe
 
 __all__ = ["Step", "bench_of", "enter", "plan", "plan_compression", "sources", "work", "write_json"]
@@ -76,10 +77,27 @@ def _data(recipe: Recipe, tasks: list[str]) -> Any:
     return [_identity(str(path)) for name in names for path in sorted(folder.glob(f"{glob.escape(name)}*"))]
 
 
+def _general(recipe: Recipe, options: dict[str, Any]) -> list[Any]:
+    """What the text that a compressor reads beside the tasks is now, if it reads one."""
+    from .data.causal import text_file
+
+    return [_identity(str(text_file(options["general"], recipe.data)))] if options.get("general") else []
+
+
 def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -> list[list[Step]]:
-    """Stages of steps; those of one stage are independent."""
+    """Stages of steps; those of one stage are independent.
+
+    Raises:
+        InputError: a compressor's text or task that there is not.
+    """
     from .entrants import ENTRANTS
 
+    for name, options in recipe.compress.items():
+        _general(recipe, options)  # known to be there before anything is trained
+        if options.get("domain") not in (None, *tasks):
+            raise InputError(
+                f"the recipe, compress.{name}.domain: no task {options['domain']!r}; there are {', '.join(tasks)}"
+            )
     data = {key: getattr(recipe, key) for key in ("suite", "tasks", "train", "validation", "test", "length")}
     data |= sources(recipe, tasks)
     if recipe.network is not None:
@@ -104,8 +122,6 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
 
 def plan_compression(recipe: Recipe, scores: list[Step], chosen: str) -> list[list[Step]]:
     """Two stages more: the chosen model of each seed, and what is made of it."""
-    from .data.causal import text_file
-
     merged, smaller = [], []
     for step in scores:
         if step.name != chosen:
@@ -113,10 +129,9 @@ def plan_compression(recipe: Recipe, scores: list[Step], chosen: str) -> list[li
         made = Step("merged", step.seed, chosen, step.options, _fingerprint(step.fingerprint))
         merged.append(made)
         for name, options in recipe.compress.items():
-            parts = [made.fingerprint, name, options, recipe.training.model_dump()]
-            if options.get("general"):
-                parts.append(_identity(str(text_file(options["general"], recipe.data))))
-            mark = _fingerprint(*parts)
+            mark = _fingerprint(
+                made.fingerprint, name, options, recipe.training.model_dump(), *_general(recipe, options)
+            )
             smaller.append(Step("compress", step.seed, name, options, mark))
     return [merged, smaller]
 

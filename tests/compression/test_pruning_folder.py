@@ -1,6 +1,5 @@
 """A model folder and text files in, a pruned model folder out."""
 
-import gzip
 import json
 
 import pytest

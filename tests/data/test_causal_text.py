@@ -140,7 +140,7 @@ class TestSuite:
         ]
         assert [len(part) for part in rows] == pytest.approx([320_000, 40_000, 40_000], rel=0.05)
         for part in rows:
-            assert {len(w) for w in bytes(part).decode().replace("~", "").split()[:-1]} == {9}
+            assert {len(w) for w in bytes(part).decode().replace("~", " ").split()[:-1]} == {9}
 
     def test_sizes_are_kept(self, tmp_path):
         lines(tmp_path / "abc.jsonl", [{"text": "abc" * 9}] * 200)

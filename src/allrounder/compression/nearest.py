@@ -13,6 +13,7 @@ Cost: 100 passes over the weights. Stored: b bits a weight, and a step, a zero p
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,9 @@ def round_weights(model: nn.Module, bits: int = 8) -> dict[str, Tensor]:
     if not 2 <= bits <= 8:
         raise InputError(f"bits is 2 to 8, got {bits}")
     state = dict(model.state_dict())
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, KINDS) or is_linear(part)}
+    layers: dict[str, Any] = {
+        name: part for name, part in model.named_modules() if isinstance(part, KINDS) or is_linear(part)
+    }
     if not layers:
         raise InputError("the model has no linear or convolutional layer to round")
     own = {f"{name}.weight" if name else "weight" for name in layers}

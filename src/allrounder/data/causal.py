@@ -106,7 +106,7 @@ def _passages(text: str) -> list[str]:
     """A long text in pieces of whole lines; of whole words, where a line is longer than a piece."""
     found: list[list[str]] = [[]]
     size = 0
-    for line in (piece for line in text.splitlines(keepends=True) for piece in re.findall(PIECES, line)):
+    for line in (part for whole in text.splitlines(keepends=True) for part in re.findall(PIECES, whole)):
         if size + len(line) > PASSAGE and found[-1]:
             found.append([])
             size = 0
@@ -151,8 +151,9 @@ def _rows(
             break
     kept = min(count, len(ids) // (length + 1)) * (length + 1)
     if not kept:
+        what = f"{split} text".strip()
         raise InputError(
-            f"{str(path)!r} has too little {f'{split} text'.strip()} for a row of {length} tokens; give more text or shorter rows"
+            f"{str(path)!r} has too little {what} for a row of {length} tokens; give more text or shorter rows"
         )
     return torch.tensor(ids[:kept], dtype=torch.long).view(-1, length + 1)
 

@@ -175,7 +175,7 @@ def names_in(folder: Path, own: Sequence[str], head: str) -> dict[str, str]:
     for name in bare:
         moves |= {("", key.removesuffix(name)) for key in stored if key.endswith("." + name)}
         moves |= {(name.removesuffix(key), "") for key in stored if name.endswith("." + key)}
-    less, more = max(sorted(moves), key=lambda move: sum(move[1] + name.removeprefix(move[0]) in stored for name in bare))
+    less, more = max(sorted(moves), key=lambda m: sum(m[1] + name.removeprefix(m[0]) in stored for name in bare))
 
     def stored_name(name: str) -> str:
         full = more + name.removeprefix(less)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Weights, tied
@@ -37,6 +38,13 @@ class CausalLM(nn.Module):
         super().__init__()
         self.folder = Path(folder)
         self.model = load_model("AutoModelForCausalLM", self.folder)
+        last = self.model.config.get_text_config().vocab_size - 1
+        with torch.no_grad():  # an encoder (BERT, RoBERTa) loads as well, and reads the tokens that it is to predict
+            one, other = (
+                self({"input_ids": torch.tensor([[last, last // 2, end]])})[0, :2] for end in (last, last // 3)
+            )
+        if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+            raise InputError(f"{str(folder)!r} reads the tokens that follow, so it is no causal language model")
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self.model(**inputs, use_cache=False).logits
@@ -63,15 +71,17 @@ def check_rows(suite: Suite, folder: str | Path) -> None:
     Raises:
         InputError: rows longer than its positions, tokens outside its vocabulary.
     """
-    config = load_config(folder)
+    config = load_config(folder).get_text_config()
     positions, vocabulary = (getattr(config, key, None) for key in ("max_position_embeddings", "vocab_size"))
     for task in suite.values():
         splits: list[Any] = [task.train, task.validation, task.test]
         length, highest = splits[0].targets.shape[1], max(int(split.targets.max()) for split in splits)
         if positions and length > positions:
-            raise InputError(f"{str(folder)!r} reads at most {positions} tokens, got length: {length}; give shorter rows")
+            raise InputError(
+                f"{str(folder)!r} reads at most {positions} tokens, got length: {length}; shorten the rows"
+            )
         if vocabulary and highest >= vocabulary:
             raise InputError(
-                f"the tokenizer of {str(folder)!r} gives token {highest}, its model has {vocabulary}; give a folder whose "
-                "tokenizer and model belong together"
+                f"the tokenizer of {str(folder)!r} gives token {highest}, its model has {vocabulary}; give a folder "
+                "whose tokenizer and model belong together"
             )

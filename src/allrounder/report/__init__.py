@@ -36,7 +36,8 @@ that the command line prints. The dict is `report.json`; a figure that is no num
         method, rows (what came), columns (tasks), values (score on validation, null before a task was learned);
         mean over seeds
     compressed  absent, or what was made of the chosen model
-        of        its name, title, mean, scores, bytes, and latency (seconds for 32 inputs or 8 rows of text, median, one thread)
+        of        its name, title, mean, scores, bytes, and latency (seconds for 32 inputs, 8 of texts, median, one
+                  thread)
         rows      name, title, family, single, options, paper, scores, mean, bytes, latency, seconds, note, path
     ran       command, device, cores, started, seconds, versions (package -> version),
               steps (list of name, seconds, cached)
