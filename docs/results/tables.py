@@ -82,7 +82,7 @@ def compressed_part(report: dict[str, Any]) -> list[str]:
         ]
         for row, text in [(of, "the merged model"), *((row, row["note"]) for row in report["compressed"]["rows"])]
     ]  # fmt: skip
-    return ["The chosen model, made smaller:", table(["model", "kept, %", "kB", "32 inputs, ms", "setting"], rows)]
+    return ["The chosen model, made smaller:", table(["model", "kept, %", "kB", "one pass, ms", "setting"], rows)]
 
 
 def real_section(name: str, found: dict[str, Any]) -> str:

@@ -122,8 +122,8 @@ class Partition:
         """
         if len(state) != len(self.reached):
             raise InputError(
-                f"the state counts {len(state)} parameters and features and this update {len(self.reached)}; build both "
-                "with the same model"
+                f"the state counts {len(state)} parameters and features and this update {len(self.reached)}; "
+                "build both with the same model"
             )
         self.reached = [set(tasks) for tasks in state]
 
