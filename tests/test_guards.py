@@ -90,9 +90,9 @@ FLOORS = {
     "__version__": 0, "errors": 0, "task": 0, "checkpoint": 0, "adapter": 0, "saving": 0, "state": 0, "study": 0,
     "catalogue": 0, "scoring": 1, "train": 1, "nets": 1, "data": 1, "losses": 1, "optim": 1, "merging": 2,
     "multitask": 2, "compression": 2, "continual": 2, "studies": 3, "contest": 3, "multitask_entrants": 3,
-    "architecture_entrants": 3,
-    "continual_entrants": 3, "compressors": 3, "entrants": 3, "recipe": 4, "settings": 5, "report": 5, "steps": 6,
-    "run": 7, "cli_output": 8, "cli_compress": 8, "cli": 8, "__main__": 9, "__init__": 9,
+    "architecture_entrants": 3, "continual_entrants": 3, "compressors": 3, "entrants": 3, "recipe": 4, "sources": 5,
+    "settings": 5, "report": 5, "steps": 6, "run": 7, "cli_output": 8, "cli_compress": 8, "cli": 8, "__main__": 9,
+    "__init__": 9,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .checkpoint import Weights, open_weights, resolve, tied
 from .errors import InputError
 from .nets.multitask import MultiTaskModel
 from .recipe import Recipe
+from .sources import sources
 from .task import Suite
 from .train import fit, load_weights
 
@@ -246,8 +247,6 @@ def make_setting(recipe: Recipe, seed: int) -> Setting:
     Raises:
         InputError: for tasks, data or models that cannot be had.
     """
-    from .steps import sources
-
     return _cached(
         recipe.model_copy(update={"methods": {}, "compress": {}, "title": "", "seed": 0, "seeds": 1}).model_dump_json(),
         seed,

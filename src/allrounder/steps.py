@@ -6,7 +6,6 @@ A step is named by what it does and a fingerprint of all that it depends on; its
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -18,8 +17,9 @@ from typing import Any
 
 from .errors import InputError
 from .recipe import Recipe
+from .sources import general_text, identity, sources
 
-__all__ = ["Step", "bench_of", "enter", "plan", "plan_compression", "sources", "work", "write_json"]
+__all__ = ["Step", "bench_of", "enter", "plan", "plan_compression", "work", "write_json"]
 
 VERSION = "1"  # of the steps' meaning: raise it when a method's result changes
 
@@ -50,40 +50,6 @@ def _fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _identity(source: str | None) -> Any:
-    """What a file or folder is now: names, sizes and times of its files."""
-    if source is None or not (path := Path(source).expanduser()).exists():
-        return source
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [source, [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
-
-
-def sources(recipe: Recipe, tasks: list[str]) -> dict[str, Any]:
-    """What the base and the files of the tasks are now."""
-    return {"base": _identity(recipe.base), "data": _data(recipe, tasks)}
-
-
-def _data(recipe: Recipe, tasks: list[str]) -> Any:
-    """What the files of the tasks are now, in suites that read a data folder."""
-    if recipe.suite == "language":
-        from .data.causal import text_file
-
-        return [_identity(str(text_file(task, recipe.data))) for task in recipe.tasks or ()]
-    place = recipe.data or os.environ.get("ALLROUNDER_DATA")
-    if recipe.suite not in ("images", "text") or not place:
-        return None
-    folder = Path(place).expanduser()
-    names = sorted({task.partition("/")[0] for task in tasks})
-    return [_identity(str(path)) for name in names for path in sorted(folder.glob(f"{glob.escape(name)}*"))]
-
-
-def _general(recipe: Recipe, options: dict[str, Any]) -> list[Any]:
-    """What the text that a compressor reads beside the tasks is now, if it reads one."""
-    from .data.causal import text_file
-
-    return [_identity(str(text_file(options["general"], recipe.data)))] if options.get("general") else []
-
-
 def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -> list[list[Step]]:
     """Stages of steps; those of one stage are independent.
 
@@ -93,7 +59,7 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
     from .entrants import ENTRANTS
 
     for name, options in recipe.compress.items():
-        _general(recipe, options)  # known to be there before anything is trained
+        general_text(recipe, options)  # known to be there before anything is trained
         if options.get("domain") not in (None, *tasks):
             raise InputError(
                 f"the recipe, compress.{name}.domain: no task {options['domain']!r}; there are {', '.join(tasks)}"
@@ -107,7 +73,7 @@ def plan(recipe: Recipe, tasks: list[str], methods: dict[str, dict[str, Any]]) -
         base = Step("base", seed, fingerprint=_fingerprint(data, seed))
         made = []
         for task in tasks:
-            given = _identity(recipe.experts.get(task))
+            given = identity(recipe.experts.get(task))
             how = None if given else recipe.training.model_dump()
             made.append(Step("expert", seed, task, fingerprint=_fingerprint(base.fingerprint, task, given, how)))
         parents = [step.fingerprint for step in made]
@@ -130,7 +96,7 @@ def plan_compression(recipe: Recipe, scores: list[Step], chosen: str) -> list[li
         merged.append(made)
         for name, options in recipe.compress.items():
             mark = _fingerprint(
-                made.fingerprint, name, options, recipe.training.model_dump(), *_general(recipe, options)
+                made.fingerprint, name, options, recipe.training.model_dump(), *general_text(recipe, options)
             )
             smaller.append(Step("compress", step.seed, name, options, mark))
     return [merged, smaller]
