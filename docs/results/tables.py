@@ -42,9 +42,12 @@ def versions(found: dict[str, str]) -> str:
 def run_section(name: str, report: dict[str, Any]) -> str:
     """One table: every method, its share of the experts' scores, and its score on each task."""
     seeds = [str(seed) for seed in report["seeds"]]
+    texts = report["metric"] == "inverse perplexity"
+    shown = "perplexity" if texts else f"{report['metric']} in percent"
     rows = []
     for method in sorted(report["methods"], key=lambda m: -statistics.fmean(m["mean"].values())):
-        tasks = [100 * statistics.fmean(method["scores"][seed][task] for seed in seeds) for task in report["tasks"]]
+        scores = [[method["scores"][seed][task] for seed in seeds] for task in report["tasks"]]
+        tasks = [statistics.fmean(1 / one if texts else 100 * one for one in found) for found in scores]
         chosen = report["chosen"] and method["name"] == report["chosen"]["method"]
         title = f"**{method['title']}**" if chosen else method["title"]
         kept = spread([method["mean"][seed] for seed in seeds])
@@ -56,8 +59,7 @@ def run_section(name: str, report: dict[str, Any]) -> str:
             f"## {report['title']}",
             note(name),
             f"`{ran['command']}`, seeds {', '.join(seeds)}. Kept: test {report['metric']} in percent of the task's own "
-            f"expert, mean over tasks, ± standard deviation over seeds. Other columns: {report['metric']} in percent, mean "
-            "over seeds. "
+            f"expert, mean over tasks, ± standard deviation over seeds. Other columns: {shown}, mean over seeds. "
             "In bold: chosen on validation.",
             table(["method", "kept, %", "stored, MB", *report["tasks"]], rows),
             *compressed_part(report),
