@@ -23,23 +23,18 @@ from typing import Any
 import torch
 from _report import finish, options
 from rich.progress import Progress
+from small_llama import BATCH, LENGTH, byte_pairs, trained
 from torch import Tensor, nn
 
 from allrounder.compression.d_pruner import d_pruner, general_importance
 from allrounder.compression.domain_importance import domain_importance
 from allrounder.compression.pruning import Pruned, prune_by
 from allrounder.compression.pruning_baselines import magnitude, wanda
-from allrounder.compression.pruning_text import next_token_loss, perplexity
+from allrounder.compression.pruning_text import perplexity
 from allrounder.compression.sparsegpt import sparsegpt
 
 DOMAINS = ("biomedical", "legal", "code")
-LENGTH, BATCH, VOCABULARY = 128, 16, 1024
 CALIBRATION, HELD_OUT = 32, 48  # rows of 128 tokens of each text
-SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": LENGTH, "bos_token_id": 0,
-    "eos_token_id": 0, "tie_word_embeddings": True, "initializer_range": 0.1,
-}  # fmt: skip
 Text = dict[str, dict[str, Tensor]]
 
 
@@ -72,55 +67,33 @@ def documents(folder: Path) -> dict[str, list[str]]:
 
 def prepared(texts: dict[str, list[str]], seed: int) -> tuple[Any, Text]:
     """A tokenizer of the training documents, and rows of tokens: name -> train and test `(rows, 128)`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, dict[str, list[str]]] = {}
     for name, found in texts.items():
         order = torch.randperm(len(found), generator=generator).tolist()
         cut = len(found) * 7 // 10
         parts[name] = {"train": [found[i] for i in order[:cut]], "test": [found[i] for i in order[cut:]]}
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator((text for part in parts.values() for text in part["train"][:200]), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", bos_token="<end>")
+    tokenizer = byte_pairs(text for part in parts.values() for text in part["train"][:200])
     rows: Text = {}
     for name, part in parts.items():
         rows[name] = {}
         for split, found in part.items():
-            ids = [i for encoded in core.encode_batch(found) for i in [*encoded.ids, 0]]
+            ids = [i for encoded in tokenizer.backend_tokenizer.encode_batch(found) for i in [*encoded.ids, 0]]
             rows[name][split] = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
     return tokenizer, rows
 
 
-def trained(rows: Text, steps: int, seed: int, step_done: Callable[[], None]) -> nn.Module:
-    """A Llama that has seen every text equally often."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def every_text(rows: Text) -> Callable[[torch.Generator], Tensor]:
+    """Batches that hold as many rows of each text."""
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
+    def draw(generator: torch.Generator) -> Tensor:
         picked = []
         for text in rows.values():
             some = torch.randint(len(text["train"]), (BATCH // len(rows),), generator=generator)
             picked.append(text["train"][some])
-        optimiser.zero_grad()
-        next_token_loss(model, {"input_ids": torch.cat(picked)}).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        step_done()
-    return model.eval()
+        return torch.cat(picked)
+
+    return draw
 
 
 def some(rows: Tensor, count: int, seed: int) -> Tensor:
@@ -170,7 +143,7 @@ def main() -> None:
         line = bar.add_task("training and pruning", total=len(chosen.seeds) * (steps + 4 * 20 + 20 * 7 * len(domains)))
         for seed in chosen.seeds:
             tokenizer, rows = prepared(texts, seed)
-            model = trained(rows, steps, seed, lambda: bar.advance(line))
+            model = trained(every_text(rows), steps, seed, lambda: bar.advance(line))
             held = {name: list(some(rows[name]["test"], HELD_OUT, seed).split(BATCH)) for name in ("general", *domains)}
             calibration = {name: list(some(rows[name]["train"], CALIBRATION, seed).split(8)) for name in held}
             general = calibration["general"]
